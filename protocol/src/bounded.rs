@@ -1,0 +1,182 @@
+//! Strings and lists that cannot be longer than their type says, also when a remote wrote them.
+
+use std::fmt;
+use std::ops::Deref;
+
+use bincode::de::{BorrowDecode, BorrowDecoder, Decode, Decoder};
+use bincode::enc::{Encode, Encoder};
+use bincode::error::{DecodeError, EncodeError};
+use serde::Serialize;
+
+/// Something is longer than its type allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{len} is over the limit of {max}; shorten it")]
+pub struct OutOfBounds {
+    /// The length that was offered: bytes of a [`Text`], elements of a [`List`].
+    pub len: usize,
+    /// The most that fits.
+    pub max: usize,
+}
+
+/// UTF-8 of at most `MAX` bytes.
+#[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct Text<const MAX: usize>(String);
+
+impl<const MAX: usize> Text<MAX> {
+    /// Takes a string, or says by how much it is too long.
+    ///
+    /// # Errors
+    /// [`OutOfBounds`] when `text` has more than `MAX` bytes.
+    pub fn new(text: impl Into<String>) -> Result<Self, OutOfBounds> {
+        let text = text.into();
+        if text.len() > MAX {
+            return Err(OutOfBounds { len: text.len(), max: MAX });
+        }
+        Ok(Self(text))
+    }
+
+    /// Takes a string and cuts it at the last character boundary that fits.
+    #[must_use]
+    pub fn truncated(text: &str) -> Self {
+        Self(text[..text.floor_char_boundary(MAX)].to_owned())
+    }
+
+    /// Returns the text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Gives the string back.
+    #[must_use]
+    pub fn into_string(self) -> String {
+        self.0
+    }
+}
+
+impl<const MAX: usize> Deref for Text<MAX> {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl<const MAX: usize> fmt::Debug for Text<MAX> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<const MAX: usize> fmt::Display for Text<MAX> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<const MAX: usize> Encode for Text<MAX> {
+    fn encode<E: Encoder>(&self, encoder: &mut E) -> Result<(), EncodeError> {
+        self.0.encode(encoder)
+    }
+}
+
+impl<C, const MAX: usize> Decode<C> for Text<MAX> {
+    fn decode<D: Decoder<Context = C>>(decoder: &mut D) -> Result<Self, DecodeError> {
+        let text = String::decode(decoder)?;
+        Self::new(text).map_err(|_| DecodeError::Other("a text is over its limit"))
+    }
+}
+
+impl<'de, C, const MAX: usize> BorrowDecode<'de, C> for Text<MAX> {
+    fn borrow_decode<D: BorrowDecoder<'de, Context = C>>(decoder: &mut D) -> Result<Self, DecodeError> {
+        <Self as Decode<C>>::decode(decoder)
+    }
+}
+
+/// At most `MAX` elements.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct List<T, const MAX: usize>(Vec<T>);
+
+impl<T, const MAX: usize> Default for List<T, MAX> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T, const MAX: usize> List<T, MAX> {
+    /// Takes a vector, or says by how much it is too long.
+    ///
+    /// # Errors
+    /// [`OutOfBounds`] when `items` has more than `MAX` elements.
+    pub fn new(items: Vec<T>) -> Result<Self, OutOfBounds> {
+        if items.len() > MAX {
+            return Err(OutOfBounds { len: items.len(), max: MAX });
+        }
+        Ok(Self(items))
+    }
+
+    /// Takes the first `MAX` elements.
+    pub fn truncated(items: impl IntoIterator<Item = T>) -> Self {
+        Self(items.into_iter().take(MAX).collect())
+    }
+
+    /// Gives the vector back.
+    #[must_use]
+    pub fn into_vec(self) -> Vec<T> {
+        self.0
+    }
+}
+
+impl<T, const MAX: usize> Deref for List<T, MAX> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.0
+    }
+}
+
+impl<T, const MAX: usize> IntoIterator for List<T, MAX> {
+    type Item = T;
+    type IntoIter = std::vec::IntoIter<T>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+impl<'a, T, const MAX: usize> IntoIterator for &'a List<T, MAX> {
+    type Item = &'a T;
+    type IntoIter = std::slice::Iter<'a, T>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.iter()
+    }
+}
+
+impl<T: fmt::Debug, const MAX: usize> fmt::Debug for List<T, MAX> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<T: Encode + 'static, const MAX: usize> Encode for List<T, MAX> {
+    fn encode<E: Encoder>(&self, encoder: &mut E) -> Result<(), EncodeError> {
+        self.0.encode(encoder)
+    }
+}
+
+impl<C, T: Decode<C> + 'static, const MAX: usize> Decode<C> for List<T, MAX> {
+    fn decode<D: Decoder<Context = C>>(decoder: &mut D) -> Result<Self, DecodeError> {
+        // Bytes decode in one copy; anything else element by element. Both claim their size from the decoder's limit first.
+        let items = Vec::<T>::decode(decoder)?;
+        Self::new(items).map_err(|_| DecodeError::Other("a list is over its limit"))
+    }
+}
+
+impl<'de, C, T: Decode<C> + 'static, const MAX: usize> BorrowDecode<'de, C> for List<T, MAX> {
+    fn borrow_decode<D: BorrowDecoder<'de, Context = C>>(decoder: &mut D) -> Result<Self, DecodeError> {
+        <Self as Decode<C>>::decode(decoder)
+    }
+}
