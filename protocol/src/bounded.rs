@@ -1,12 +1,24 @@
 //! Strings and lists that cannot be longer than their type says, also when a remote wrote them.
+//!
+//! bincode's own `Vec` and `String` claim a length against one limit for the whole message and allocate it at once. Here a length
+//! is compared with the limit of its own type before anything is allocated, and memory is taken only for bytes that are really
+//! there: a byte string is copied from the input, a list grows as its elements are decoded.
 
+use std::any::{Any, TypeId};
 use std::fmt;
+use std::mem;
 use std::ops::Deref;
 
+use bincode::de::read::Reader;
 use bincode::de::{BorrowDecode, BorrowDecoder, Decode, Decoder};
 use bincode::enc::{Encode, Encoder};
 use bincode::error::{DecodeError, EncodeError};
 use serde::Serialize;
+
+/// What a list may reserve before its first element is decoded, in bytes. After that it grows by doubling.
+const FIRST_RESERVE_BYTES: usize = 4096;
+/// How much is read at a time from a reader that cannot look ahead.
+const READ_CHUNK_BYTES: usize = 4096;
 
 /// Something is longer than its type allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -83,8 +95,9 @@ impl<const MAX: usize> Encode for Text<MAX> {
 
 impl<C, const MAX: usize> Decode<C> for Text<MAX> {
     fn decode<D: Decoder<Context = C>>(decoder: &mut D) -> Result<Self, DecodeError> {
-        let text = String::decode(decoder)?;
-        Self::new(text).map_err(|_| DecodeError::Other("a text is over its limit"))
+        let bytes = read_bytes(decoder, MAX, "a text is over its limit")?;
+        let text = String::from_utf8(bytes).map_err(|error| DecodeError::Utf8 { inner: error.utf8_error() })?;
+        Ok(Self(text))
     }
 }
 
@@ -169,9 +182,19 @@ impl<T: Encode + 'static, const MAX: usize> Encode for List<T, MAX> {
 
 impl<C, T: Decode<C> + 'static, const MAX: usize> Decode<C> for List<T, MAX> {
     fn decode<D: Decoder<Context = C>>(decoder: &mut D) -> Result<Self, DecodeError> {
-        // Bytes decode in one copy; anything else element by element. Both claim their size from the decoder's limit first.
-        let items = Vec::<T>::decode(decoder)?;
-        Self::new(items).map_err(|_| DecodeError::Other("a list is over its limit"))
+        const OVER: &str = "a list is over its limit";
+        if TypeId::of::<T>() == TypeId::of::<u8>() {
+            let mut bytes = read_bytes(decoder, MAX, OVER)?;
+            // The safe way to say that a vector of bytes is a vector of T once T is known to be a byte.
+            let bytes: &mut dyn Any = &mut bytes;
+            return Ok(Self(bytes.downcast_mut::<Vec<T>>().map(mem::take).unwrap_or_default()));
+        }
+        let len = read_len(decoder, MAX, OVER)?;
+        let mut items = Vec::with_capacity(len.min(FIRST_RESERVE_BYTES / size_of::<T>().max(1)));
+        for _ in 0..len {
+            items.push(T::decode(decoder)?);
+        }
+        Ok(Self(items))
     }
 }
 
@@ -179,4 +202,29 @@ impl<'de, C, T: Decode<C> + 'static, const MAX: usize> BorrowDecode<'de, C> for 
     fn borrow_decode<D: BorrowDecoder<'de, Context = C>>(decoder: &mut D) -> Result<Self, DecodeError> {
         <Self as Decode<C>>::decode(decoder)
     }
+}
+
+/// Decodes a length, and refuses one above `max` before anybody acts on it.
+fn read_len<D: Decoder>(decoder: &mut D, max: usize, over: &'static str) -> Result<usize, DecodeError> {
+    let len = <u64 as Decode<D::Context>>::decode(decoder)?;
+    usize::try_from(len).ok().filter(|len| *len <= max).ok_or(DecodeError::Other(over))
+}
+
+/// Decodes a byte string of at most `max` bytes, and allocates for no byte that is not there.
+pub(crate) fn read_bytes<D: Decoder>(decoder: &mut D, max: usize, over: &'static str) -> Result<Vec<u8>, DecodeError> {
+    let len = read_len(decoder, max, over)?;
+    decoder.claim_bytes_read(len)?;
+    if let Some(bytes) = decoder.reader().peek_read(len) {
+        let bytes = bytes.to_vec();
+        decoder.reader().consume(len);
+        return Ok(bytes);
+    }
+    // Either the input is too short, or its reader cannot look ahead: one chunk at a time finds out.
+    let mut bytes = Vec::new();
+    while bytes.len() < len {
+        let start = bytes.len();
+        bytes.resize(len.min(start + READ_CHUNK_BYTES), 0);
+        decoder.reader().read(&mut bytes[start..])?;
+    }
+    Ok(bytes)
 }

@@ -22,6 +22,9 @@ impl Rate {
     /// Makes a rate from tokens per second; what is not finite or negative becomes zero.
     #[must_use]
     pub fn from_tokens_per_s(rate: f64) -> Self {
+        if !rate.is_finite() {
+            return Self(0);
+        }
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a float cast saturates")]
         Self((rate * 1_000.0).round() as u32)
     }

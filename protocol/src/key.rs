@@ -1,5 +1,6 @@
 //! Ed25519 keys. A node's id is its public key, shown as a `did:key` (W3C DID method `key`, multicodec `ed25519-pub`).
 
+use std::cell::RefCell;
 use std::fmt;
 use std::str::FromStr;
 
@@ -16,12 +17,21 @@ const DID_PREFIX: &str = "did:key:z";
 /// Multicodec `ed25519-pub` (0xed) as an unsigned varint.
 const MULTICODEC_ED25519: [u8; 2] = [0xed, 0x01];
 
+/// Keys that a thread remembers as checked, one for each value of eleven of their bits. About 400 KiB.
+const MEMO_KEYS: usize = 2048;
+
+thread_local! {
+    /// Points of keys that passed, so that a result depends on the bytes alone and only its cost on what came before.
+    static MEMO: RefCell<Vec<Option<VerifyingKey>>> = const { RefCell::new(Vec::new()) };
+}
+
 /// Bytes that are no Ed25519 public key in which this house trusts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a usable Ed25519 public key (it does not decompress, or has a small order)")]
+#[error("not a usable Ed25519 public key (it does not decompress, is not canonical, or has a small order)")]
 pub struct InvalidKey;
 
-/// A node: its Ed25519 public key. A value of this type always decompresses and is never of small order.
+/// A node: its Ed25519 public key. A value of this type always decompresses, is never of small order, and is the one encoding of
+/// its point, so that a node has one id and no other.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId([u8; 32]);
 
@@ -31,8 +41,7 @@ impl NodeId {
     /// # Errors
     /// [`InvalidKey`] when they are none.
     pub fn from_bytes(bytes: &[u8; 32]) -> Result<Self, InvalidKey> {
-        let key = VerifyingKey::from_bytes(bytes).map_err(|_| InvalidKey)?;
-        if key.is_weak() { Err(InvalidKey) } else { Ok(Self(*bytes)) }
+        checked(bytes).map(|_| Self(*bytes))
     }
 
     /// Returns the public key's bytes.
@@ -52,9 +61,35 @@ impl NodeId {
     /// Checks a signature strictly: no malleability, no small-order keys.
     #[must_use]
     pub fn verify(&self, message: &[u8], signature: &[u8; 64]) -> bool {
-        VerifyingKey::from_bytes(&self.0)
-            .is_ok_and(|key| key.verify_strict(message, &Signature::from_bytes(signature)).is_ok())
+        checked(&self.0).is_ok_and(|key| key.verify_strict(message, &Signature::from_bytes(signature)).is_ok())
     }
+}
+
+/// Returns a key's point, if it is one in which this house trusts. Checking costs a square root in the field, about a tenth of a
+/// signature, and the same few authors come again and again: what passed is remembered.
+fn checked(bytes: &[u8; 32]) -> Result<VerifyingKey, InvalidKey> {
+    let slot = usize::from(u16::from_le_bytes([bytes[0], bytes[1]])) % MEMO_KEYS;
+    let remembered = MEMO.try_with(|memo| memo.borrow().get(slot).copied().flatten());
+    if let Some(key) = remembered.ok().flatten().filter(|key| key.as_bytes() == bytes) {
+        return Ok(key);
+    }
+    let key = VerifyingKey::from_bytes(bytes).map_err(|_| InvalidKey)?;
+    if key.is_weak() || !is_canonical(bytes) {
+        return Err(InvalidKey);
+    }
+    // A thread that is about to end has no memo any more, and needs none.
+    let _ended = MEMO.try_with(|memo| {
+        let mut memo = memo.borrow_mut();
+        memo.resize(MEMO_KEYS, None);
+        memo[slot] = Some(key);
+    });
+    Ok(key)
+}
+
+/// Returns whether the y-coordinate is below the field's prime, 2^255 - 19 (little-endian, the sign of x in the top bit).
+/// Decompression alone takes it modulo the prime, which would give one key two ids.
+fn is_canonical(bytes: &[u8; 32]) -> bool {
+    bytes[31] & 0x7f != 0x7f || bytes[1..31].iter().any(|byte| *byte != 0xff) || bytes[0] < 0xed
 }
 
 impl fmt::Display for NodeId {

@@ -11,7 +11,7 @@ use crate::codec::{self, DecodeError};
 use crate::entry::{Entry, Equivocation};
 use crate::id::{BeaconId, JobId};
 use crate::job::{Failure, Output, Payload};
-use crate::limits::{MAX_DIRECT_BYTES, MAX_GOSSIP_BYTES};
+use crate::limits::{MAX_DIRECT_BYTES, MAX_GOSSIP_BYTES, MAX_PAYLOAD_BYTES};
 use crate::signed::Received;
 use crate::sync::SyncMessage;
 
@@ -126,6 +126,7 @@ pub trait Frame: Encode + Decode<()> {
     /// # Errors
     /// [`DecodeError::TooLarge`] when no peer would accept it.
     fn to_bytes(&self) -> Result<Vec<u8>, DecodeError> {
+        self.check()?;
         let bytes = codec::encode(self);
         if bytes.len() > Self::MAX_BYTES {
             return Err(DecodeError::TooLarge { kind: Self::KIND, len: bytes.len(), max: Self::MAX_BYTES });
@@ -138,7 +139,17 @@ pub trait Frame: Encode + Decode<()> {
     /// # Errors
     /// [`DecodeError`] when it is none.
     fn from_bytes(bytes: &[u8]) -> Result<Self, DecodeError> {
-        codec::decode(Self::KIND, bytes, Self::MAX_BYTES)
+        let frame: Self = codec::decode(Self::KIND, bytes, Self::MAX_BYTES)?;
+        frame.check()?;
+        Ok(frame)
+    }
+
+    /// Checks limits of parts that their types do not hold.
+    ///
+    /// # Errors
+    /// [`DecodeError::TooLarge`] when a part is over its own limit.
+    fn check(&self) -> Result<(), DecodeError> {
+        Ok(())
     }
 }
 
@@ -155,4 +166,14 @@ impl Frame for BeaconGossip {
 impl Frame for Direct {
     const KIND: &'static str = "direct frame";
     const MAX_BYTES: usize = MAX_DIRECT_BYTES;
+
+    fn check(&self) -> Result<(), DecodeError> {
+        let Self::Grant { payload, .. } = self else { return Ok(()) };
+        match codec::encoded_len(payload) {
+            len if len > MAX_PAYLOAD_BYTES => {
+                Err(DecodeError::TooLarge { kind: "payload", len, max: MAX_PAYLOAD_BYTES })
+            }
+            _ => Ok(()),
+        }
+    }
 }

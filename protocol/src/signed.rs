@@ -1,8 +1,8 @@
 //! The signed envelope, and the ladder a record climbs before it may touch state.
 //!
-//! What is signed is `BLAKE3-derive-key(context, bytes)`, with
+//! What is signed is `BLAKE3-derive-key(context, length ‖ bytes)`, with the length as eight little-endian bytes and
 //! `context = "chorus <wire version> <network> <kind> v<version>"`. A record of one network, kind or version can therefore never
-//! pass for one of another.
+//! pass for one of another. Step by step in `spec/signed.md`.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -13,6 +13,7 @@ use bincode::de::{BorrowDecode, BorrowDecoder, Decode, Decoder};
 use bincode::enc::{Encode, Encoder};
 use bincode::error::{DecodeError as BincodeDecodeError, EncodeError};
 
+use crate::bounded::read_bytes;
 use crate::codec::{self, DecodeError};
 use crate::id::{Hash, NetworkId};
 use crate::key::{NodeId, SecretKey};
@@ -155,10 +156,7 @@ impl<C, T: Signable> Decode<C> for Received<T> {
     fn decode<D: Decoder<Context = C>>(decoder: &mut D) -> Result<Self, BincodeDecodeError> {
         let author = NodeId::decode(decoder)?;
         let signature = <[u8; 64]>::decode(decoder)?;
-        let bytes = Vec::<u8>::decode(decoder)?;
-        if bytes.len() > T::MAX_BYTES {
-            return Err(BincodeDecodeError::Other("a signed record is over the limit of its kind"));
-        }
+        let bytes = read_bytes(decoder, T::MAX_BYTES, "a signed record is over the limit of its kind")?;
         Ok(Self(Parts { author, signature, bytes: bytes.into(), kind: PhantomData }))
     }
 }
