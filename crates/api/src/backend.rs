@@ -1,0 +1,185 @@
+//! What the HTTP face needs of the node behind it, and nothing else.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use chorus_core::TaskSpec;
+use chorus_protocol::job::{Finish, Role};
+use chorus_protocol::{Hash, NodeId, TaskId};
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::BackendError;
+use crate::task_log::TaskLog;
+
+/// The node, as the API sees it.
+///
+/// Every call may be dropped by its caller at any time, and is given a deadline by the API. None may block the thread.
+#[async_trait]
+pub trait Backend: Send + Sync + 'static {
+    /// Returns 16 fresh random bytes, of which ids and seeds are made.
+    fn draw_id(&self) -> [u8; 16];
+
+    /// Returns the log into which the node pushes the events and the outcome of every task.
+    fn tasks(&self) -> &Arc<TaskLog>;
+
+    /// Returns what this node itself runs: language models, the default one first, and the embedder.
+    fn models(&self) -> Vec<ModelCard>;
+
+    /// Returns whether the node is ready for work.
+    fn health(&self) -> Health;
+
+    /// Returns the node's metrics in Prometheus's text format, for example with [`crate::metrics::Registry::render`].
+    async fn metrics(&self) -> String;
+
+    /// Returns what the node is doing, and what it waits for.
+    async fn status(&self) -> Result<Value, BackendError>;
+
+    /// Returns the connected peers.
+    async fn peers(&self) -> Result<Vec<Value>, BackendError>;
+
+    /// Refuses a node from now on, or lets it in again.
+    async fn set_blocked(&self, node: NodeId, blocked: bool) -> Result<(), BackendError>;
+
+    /// Returns a page of the ledger.
+    async fn ledger(&self, filter: LedgerFilter) -> Result<LedgerPage, BackendError>;
+
+    /// Returns one entry of the ledger, or [`BackendError::EntryNotFound`].
+    async fn ledger_entry(&self, hash: Hash) -> Result<Value, BackendError>;
+
+    /// Generates with this node's own engine.
+    ///
+    /// Pieces of the answer go to `pieces` as they are made; a closed receiver is no error. Together they are a prefix of the
+    /// reply's text. When `cancel` fires, the engine stops at the next token.
+    async fn generate(
+        &self,
+        request: LocalRequest,
+        pieces: mpsc::Sender<String>,
+        cancel: CancellationToken,
+    ) -> Result<LocalReply, BackendError>;
+
+    /// Embeds texts with this node's own embedder.
+    async fn embed(&self, texts: Vec<String>) -> Result<Embedded, BackendError>;
+
+    /// Hands a task to the swarm. Its id is drawn, and it is open in [`Backend::tasks`], before this is called; the skills that
+    /// the ledger knows ([`TaskSpec::skills`]) are for the backend to fill in. Everything that happens from then on, the end
+    /// included, comes through the log.
+    async fn ask(&self, spec: TaskSpec) -> Result<(), BackendError>;
+
+    /// Takes a task back. A task that is unknown or has ended is no error.
+    async fn cancel(&self, task: TaskId) -> Result<(), BackendError>;
+}
+
+/// What a model is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModelKind {
+    /// It answers chats.
+    Chat,
+    /// It embeds texts.
+    Embedding,
+}
+
+/// A model that this node runs.
+#[derive(Clone, Debug)]
+pub struct ModelCard {
+    /// The name it is asked for by.
+    pub name: String,
+    /// What it is for.
+    pub kind: ModelKind,
+    /// BLAKE3 of its weights; zero if unknown.
+    pub fingerprint: Hash,
+    /// Tokens of prompt and answer together.
+    pub context: u32,
+    /// Its quantisation, such as `Q8_0`.
+    pub quantisation: String,
+    /// Its architecture, such as `llama`.
+    pub architecture: String,
+}
+
+/// One turn of a chat, as it goes to this node's own engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChatTurn {
+    /// Who speaks.
+    pub role: Role,
+    /// What is said.
+    pub content: String,
+}
+
+/// A request for this node's own engine.
+#[derive(Clone, Debug)]
+pub struct LocalRequest {
+    /// Names the request in logs.
+    pub id: TaskId,
+    /// The model, one of [`Backend::models`].
+    pub model: String,
+    /// The chat so far.
+    pub turns: Vec<ChatTurn>,
+    /// The most tokens to generate; the context's end comes first if it is nearer.
+    pub max_tokens: u32,
+    /// Sampling temperature; 0 is greedy.
+    pub temperature: f32,
+    /// Nucleus; 1 keeps everything.
+    pub top_p: f32,
+    /// The sampler's seed.
+    pub seed: u64,
+    /// Texts that end the answer and are not part of it.
+    pub stop: Vec<String>,
+    /// A JSON Schema that the answer must satisfy, token by token.
+    pub json_schema: Option<String>,
+}
+
+/// What this node's own engine answered.
+#[derive(Clone, Debug)]
+pub struct LocalReply {
+    /// The whole answer.
+    pub text: String,
+    /// Tokens read.
+    pub prompt_tokens: u32,
+    /// Tokens written.
+    pub completion_tokens: u32,
+    /// Why it ended.
+    pub finish: Finish,
+    /// BLAKE3 of the weights that wrote it; zero if unknown.
+    pub fingerprint: Hash,
+}
+
+/// Embeddings of a few texts.
+#[derive(Clone, Debug)]
+pub struct Embedded {
+    /// One vector a text, in their order.
+    pub vectors: Vec<Vec<f32>>,
+    /// Tokens read.
+    pub tokens: u32,
+}
+
+/// Whether the node is ready for work.
+#[derive(Clone, Debug, Default)]
+pub struct Health {
+    /// What is waited for; nothing when ready.
+    pub waiting_for: Vec<String>,
+}
+
+/// Which entries of the ledger are wanted.
+#[derive(Clone, Debug, Default)]
+pub struct LedgerFilter {
+    /// Only this kind: `capability`, `retire` or `receipt`.
+    pub kind: Option<String>,
+    /// Only of this author.
+    pub author: Option<NodeId>,
+    /// Only entries that follow this cursor, as a page before gave it.
+    pub after: Option<String>,
+    /// At most this many.
+    pub limit: usize,
+}
+
+/// A page of the ledger.
+#[derive(Clone, Debug, Default)]
+pub struct LedgerPage {
+    /// The entries, in an order that does not change while entries are added.
+    pub entries: Vec<Value>,
+    /// How many entries the filter lets through in all.
+    pub total: usize,
+    /// Where the next page begins; `None` on the last one.
+    pub next: Option<String>,
+}

@@ -1,0 +1,138 @@
+//! Beacons in, bids out: who gets a slot reserved, and for how long.
+
+use std::time::Duration;
+
+use chorus_machine::{Ctx, Outbox, Time};
+use chorus_protocol::beacon::{Beacon, Bid};
+use chorus_protocol::limits::{MAX_BEACON_AGE_MS, MAX_CLOCK_SKEW_MS};
+use chorus_protocol::message::Direct;
+use chorus_protocol::{BeaconId, JobId, NodeId, Verified, WallTime};
+
+use super::{Executor, ExecutorEffect, ExecutorEvent};
+use crate::phi::{phi, time_for};
+
+/// Share of a beacon queue that one requester may fill: one in this many.
+const QUEUE_SHARE: usize = 4;
+
+/// A slot that is kept.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reservation {
+    pub(super) job: JobId,
+    pub(super) until: Time,
+}
+
+/// An open beacon that found no free slot.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) beacon: Verified<Beacon>,
+    pub(super) closes: Time,
+}
+
+impl Executor {
+    pub(super) fn on_beacon(&mut self, cx: &mut Ctx<'_>, beacon: Verified<Beacon>, out: &mut Outbox<ExecutorEffect>) {
+        let requester = beacon.author();
+        let fits = self.offer.as_ref().is_some_and(|offer| phi(offer, &beacon.requirement).is_some());
+        if !fits || self.draining || !is_current(&beacon, cx.wall) || self.memory.is_muted(requester, cx.now) {
+            return;
+        }
+        let window = Duration::from_millis(u64::from(beacon.window_ms).min(MAX_BEACON_AGE_MS));
+        let (closes, forget) = (cx.now + window, cx.now + beacon.deadline.since(beacon.made).max(window));
+        let forget = forget.min(cx.now + super::runs::MAX_JOB_LIFE);
+        if !self.memory.hear(beacon.id, requester, beacon.made, cx.now, forget) {
+            return;
+        }
+        if self.free() > 0 {
+            self.bid(cx, &beacon, out);
+        } else if self.may_wait(requester) {
+            out.push(ExecutorEffect::Event(ExecutorEvent::Waiting { requester, job: beacon.job }));
+            self.waiting.push(Waiting { beacon, closes });
+        }
+    }
+
+    fn may_wait(&self, requester: NodeId) -> bool {
+        let own = self.waiting.iter().filter(|waiting| waiting.beacon.author() == requester).count();
+        self.waiting.len() < self.config.max_waiting && own < self.config.max_waiting.div_ceil(QUEUE_SHARE)
+    }
+
+    /// Answers waiting beacons, oldest first, while slots are free.
+    pub(super) fn serve_waiting(&mut self, cx: &mut Ctx<'_>, out: &mut Outbox<ExecutorEffect>) {
+        while self.free() > 0 && !self.waiting.is_empty() {
+            let waiting = self.waiting.remove(0);
+            if waiting.closes > cx.now {
+                self.bid(cx, &waiting.beacon, out);
+            }
+        }
+    }
+
+    fn bid(&mut self, cx: &mut Ctx<'_>, beacon: &Verified<Beacon>, out: &mut Outbox<ExecutorEffect>) {
+        let Some(score) = self.offer.as_ref().and_then(|offer| phi(offer, &beacon.requirement)) else { return };
+        let requester = beacon.author();
+        let bid = Bid {
+            beacon: beacon.id,
+            requester,
+            score_milli: milli(score),
+            active: u16::try_from(self.runs.len() + self.reservations.len()).unwrap_or(u16::MAX),
+            slots: u16::try_from(self.slots).unwrap_or(u16::MAX),
+            expected_ms: u32::try_from(self.expected(beacon).as_millis()).unwrap_or(u32::MAX),
+            hold_ms: u32::try_from(self.config.hold.as_millis()).unwrap_or(u32::MAX),
+        };
+        let bid = Verified::sign(&self.key, &self.network, bid).expect("a bid has a fixed size far below its limit");
+        let reservation = Reservation { job: beacon.job, until: cx.now + self.config.hold };
+        self.reservations.insert((requester, beacon.id), reservation);
+        out.push(ExecutorEffect::Event(ExecutorEvent::Bid { requester, job: beacon.job, score }));
+        out.push(ExecutorEffect::Send { to: requester, message: Direct::Bid(bid.to_wire()) });
+    }
+
+    /// What runs took lately, or else the time to write a quarter of the context that is asked for after reading the rest.
+    fn expected(&self, beacon: &Beacon) -> Duration {
+        if let Some(usual) = self.usual.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
+            return usual;
+        }
+        let context = f64::from(beacon.requirement.min_context);
+        let offer = self.offer.as_ref();
+        offer
+            .and_then(|offer| time_for(offer, &beacon.requirement, context * 0.75, context * 0.25))
+            .unwrap_or(Duration::ZERO)
+    }
+
+    pub(super) fn on_release(
+        &mut self,
+        cx: &mut Ctx<'_>,
+        from: NodeId,
+        beacon: BeaconId,
+        out: &mut Outbox<ExecutorEffect>,
+    ) {
+        self.waiting.retain(|waiting| waiting.beacon.author() != from || waiting.beacon.id != beacon);
+        if self.reservations.remove(&(from, beacon)).is_some() {
+            self.memory.answered(from);
+            self.serve_waiting(cx, out);
+        }
+    }
+
+    /// Frees the slots that nobody came for.
+    pub(super) fn lapse(&mut self, now: Time, out: &mut Outbox<ExecutorEffect>) {
+        let lapsed: Vec<_> = self.reservations.iter().filter(|(_, r)| r.until <= now).map(|(key, _)| *key).collect();
+        for (requester, beacon) in lapsed {
+            self.reservations.remove(&(requester, beacon));
+            if requester != self.me {
+                self.memory.lapsed(requester, self.config.hold, now);
+            }
+            out.push(ExecutorEffect::Event(ExecutorEvent::Lapsed { requester, beacon }));
+        }
+    }
+}
+
+/// Whether a beacon is neither too old, nor from the future, nor about a job that is over.
+fn is_current(beacon: &Beacon, wall: WallTime) -> bool {
+    let age = wall.since(beacon.made);
+    let ahead = beacon.made.since(wall);
+    age <= Duration::from_millis(MAX_BEACON_AGE_MS)
+        && ahead <= Duration::from_millis(MAX_CLOCK_SKEW_MS)
+        && beacon.deadline > beacon.made
+}
+
+fn milli(score: f64) -> u16 {
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 0..=1000")]
+    let milli = (score.clamp(0.0, 1.0) * 1_000.0).round() as u16;
+    milli
+}

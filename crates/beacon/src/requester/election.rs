@@ -1,0 +1,298 @@
+//! From a job to a ranked list of bidders.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use chorus_machine::{Ctx, Outbox};
+use chorus_protocol::beacon::{Beacon, Bid};
+use chorus_protocol::{BeaconId, JobId, NodeId, Received, Verified};
+
+use super::state::{Election, Job, MAX_STRIKES};
+use super::{Requester, RequesterEffect, event, release};
+use crate::job::{JobError, JobEventKind};
+use crate::lease::Fault;
+use crate::phi::{claimed_time, phi, why_nobody};
+use crate::select::Candidate;
+
+/// Bidders that are remembered beside the winner.
+const MAX_BENCH: usize = 16;
+
+impl Requester {
+    /// Gives a job what it needs next: a lease, a rival, a beacon, an end, or nothing.
+    pub(super) fn advance(&mut self, cx: &mut Ctx<'_>, id: JobId, out: &mut Outbox<RequesterEffect>) {
+        while let Some(job) = self.jobs.get(&id) {
+            let held = self.held(job);
+            let overdue = |at| at <= cx.now;
+            let enough = match held[..] {
+                [] => false,
+                [only] => !only.hedge_at(&self.config, job.spec.deadline).is_some_and(overdue),
+                _ => true,
+            };
+            let idle = held.is_empty();
+            if enough {
+                break;
+            }
+            if job.leases >= job.spec.max_leases.max(1) {
+                if idle {
+                    self.exhaust(cx, id, out);
+                }
+                break;
+            }
+            if let Some(candidate) = self.next_of_bench(id) {
+                self.grant(cx, id, candidate, false, out);
+                continue;
+            }
+            let Some(job) = self.jobs.get(&id) else { return };
+            if job.election.is_none() && job.resume_at.is_none() {
+                self.announce(cx, id, idle, out);
+            }
+            break;
+        }
+        self.reschedule(id);
+    }
+
+    fn exhaust(&mut self, cx: &mut Ctx<'_>, id: JobId, out: &mut Outbox<RequesterEffect>) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        let error = match job.last_failure.clone() {
+            Some(last) => JobError::Exhausted { leases: job.leases, last },
+            None => JobError::NobodyCan { reason: self.why_not(job) },
+        };
+        self.finish(cx, id, Err(error), out);
+    }
+
+    fn why_not(&self, job: &Job) -> String {
+        let capable = self.capabilities.values().filter(|c| phi(c, &job.spec.requirement).is_some()).count();
+        match capable {
+            0 => why_nobody(self.capabilities.values().map(Arc::as_ref), &job.spec.requirement),
+            _ => format!("{capable} nodes can, but none took it after {} announcements", job.beacons.len()),
+        }
+    }
+
+    fn next_of_bench(&mut self, id: JobId) -> Option<Candidate> {
+        loop {
+            let job = self.jobs.get_mut(&id)?;
+            if job.bench.is_empty() {
+                return None;
+            }
+            let next = job.bench.remove(0);
+            let job = self.jobs.get(&id)?;
+            if self.eligible(job, next.node).is_some() {
+                return Some(next);
+            }
+        }
+    }
+
+    /// Returns φ of a node that may get a lease of this job, or `None`: not in the ledger, not capable, quarantined, failed before, or
+    /// already at it.
+    pub(super) fn eligible(&self, job: &Job, node: NodeId) -> Option<f64> {
+        let ruled_out = self.quarantined.contains(&node)
+            || job.is_struck(node)
+            || self.held(job).iter().any(|held| held.executor() == node);
+        if ruled_out {
+            return None;
+        }
+        phi(self.capabilities.get(&node)?, &job.spec.requirement)
+    }
+
+    /// Whom a beacon may reach: nodes that can do the job and are not ruled out.
+    fn reach(&self, job: &Job) -> BTreeSet<NodeId> {
+        self.capabilities.keys().copied().filter(|node| self.eligible(job, *node).is_some()).collect()
+    }
+
+    /// Publishes a beacon, or finds out that there is nobody to read it.
+    fn announce(&mut self, cx: &mut Ctx<'_>, id: JobId, idle: bool, out: &mut Outbox<RequesterEffect>) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        let reach = self.reach(job);
+        let exhausted = job.beacons.len() >= usize::try_from(self.config.max_beacons).unwrap_or(usize::MAX);
+        if !idle && (reach.is_empty() || exhausted) {
+            // Nobody to rival with: look again later.
+            let Some(job) = self.jobs.get_mut(&id) else { return };
+            job.resume_at = Some(cx.now + self.config.back_off_max);
+        } else if exhausted {
+            self.exhaust(cx, id, out);
+        } else if reach.is_empty() {
+            self.nobody(cx, id, out);
+        } else {
+            self.publish(cx, id, reach, out);
+        }
+    }
+
+    /// Nobody is left, or nobody was ever there.
+    fn nobody(&mut self, cx: &mut Ctx<'_>, id: JobId, out: &mut Outbox<RequesterEffect>) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        if !job.lenient && job.strikes.values().any(|&strikes| strikes < MAX_STRIKES) {
+            // Who failed once is all there is: give it a moment, then one more chance.
+            job.lenient = true;
+            job.resume_at = Some(cx.now + self.config.back_off);
+        } else if job.leases > 0 {
+            self.exhaust(cx, id, out);
+        } else {
+            let since = *job.nobody_since.get_or_insert(cx.now);
+            if cx.now >= since + self.config.grace {
+                self.exhaust(cx, id, out);
+            }
+        }
+    }
+
+    fn publish(&mut self, cx: &mut Ctx<'_>, id: JobId, reach: BTreeSet<NodeId>, out: &mut Outbox<RequesterEffect>) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let beacon = Beacon {
+            id: BeaconId::from_bytes(cx.rng.bytes()),
+            job: id,
+            kind: job.spec.kind,
+            requirement: job.spec.requirement.clone(),
+            risk: job.spec.risk,
+            made: cx.wall,
+            deadline: cx.wall.plus(job.spec.deadline.since(cx.now)),
+            window_ms: u32::try_from(self.config.patience.as_millis()).unwrap_or(u32::MAX),
+            executors: 1,
+        };
+        let beacon = Verified::sign(&self.key, &self.network, beacon)
+            .expect("a requirement's lists are bounded so that a beacon stays below its limit");
+        job.nobody_since = None;
+        job.beacons.push(beacon.id);
+        let capable = reach.len();
+        let election = Election { beacon: beacon.id, opened: cx.now, capable, awaited: reach, bids: Vec::new() };
+        job.election = Some(election);
+        self.beacons.insert(beacon.id, id);
+        event(job, JobEventKind::Announced { beacon: beacon.id, candidates: capable }, out);
+        out.push(RequesterEffect::Publish(beacon));
+    }
+
+    pub(super) fn on_bid(
+        &mut self,
+        cx: &mut Ctx<'_>,
+        from: NodeId,
+        bid: Received<Bid>,
+        out: &mut Outbox<RequesterEffect>,
+    ) {
+        let fault = match bid.verify(&self.network) {
+            Err(_) => Fault::BadSignature("bid"),
+            Ok(bid) if bid.author() != from || bid.requester != self.me => Fault::WrongParty("bid"),
+            Ok(bid) => return self.on_honest_bid(cx, from, &bid, out),
+        };
+        out.push(RequesterEffect::Penalise { peer: from, reason: fault });
+    }
+
+    fn on_honest_bid(&mut self, cx: &mut Ctx<'_>, from: NodeId, bid: &Bid, out: &mut Outbox<RequesterEffect>) {
+        let Some((id, job)) = self.beacons.get(&bid.beacon).and_then(|id| self.jobs.get_key_value(id)) else {
+            release(from, bid.beacon, out);
+            return;
+        };
+        let (id, score) = (*id, self.eligible(job, from));
+        let open = job.election.as_ref().filter(|election| election.beacon == bid.beacon);
+        if open.is_some_and(|election| election.bids.iter().any(|other| other.node == from)) {
+            return;
+        }
+        let is_open = open.is_some();
+        let claimed = f64::from(bid.score_milli) / 1_000.0;
+        event(job, JobEventKind::Bid { node: from, score: score.unwrap_or(0.0), claimed }, out);
+        let candidate = score.map(|score| self.candidate(cx, id, from, score, bid));
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        match (candidate, &mut job.election) {
+            (Some(candidate), Some(election)) if is_open => {
+                election.awaited.remove(&from);
+                election.bids.push(candidate);
+                self.check_elections(cx, out);
+                self.reschedule(id);
+            }
+            (late, _) => {
+                release(from, bid.beacon, out);
+                let known = job.bench.iter().any(|other| other.node == from);
+                job.bench.extend(late.filter(|_| !known));
+                job.bench.truncate(MAX_BENCH);
+            }
+        }
+    }
+
+    /// Sees a bidder as the selection rules do: with what the ledger and experience say, not with what it says itself. Its load and
+    /// its own estimate of time count where this node knows nothing better.
+    fn candidate(&mut self, cx: &Ctx<'_>, id: JobId, node: NodeId, score: f64, bid: &Bid) -> Candidate {
+        let standing = self.standing(node, cx.now);
+        let (job, capability) = (self.jobs.get(&id), self.capabilities.get(&node));
+        let claimed = job.zip(capability).and_then(|(j, c)| claimed_time(c, &j.spec.requirement, &j.spec.payload));
+        let claimed = claimed.unwrap_or(std::time::Duration::from_millis(u64::from(bid.expected_ms)));
+        let latency = claimed.mul_f64(standing.slowdown);
+        let told = share(usize::from(bid.active), usize::from(bid.slots));
+        let seen = share(self.leased_to(node), capability.map_or(0, |c| usize::from(c.slots)));
+        Candidate {
+            node,
+            score,
+            load: told.max(seen),
+            latency,
+            latency_norm: (latency.as_secs_f64() / self.config.latency_scale.as_secs_f64()).min(1.0),
+            reputation: standing.mean(),
+            is_self: node == self.me,
+            bucket: job.map_or(0, |job| job.bucket),
+        }
+    }
+
+    /// Looks at all open elections: a bid in one may be the last that another could still hope for.
+    pub(super) fn check_elections(&mut self, cx: &mut Ctx<'_>, out: &mut Outbox<RequesterEffect>) {
+        let open: Vec<JobId> = self.jobs.values().filter(|job| job.election.is_some()).map(|j| j.spec.job).collect();
+        for job in open {
+            self.check_election(cx, job, out);
+            self.reschedule(job);
+        }
+    }
+
+    /// Whether a node may still bid of which this requester does not know that it has no slot left for it.
+    fn may_hope(&self, election: &Election) -> bool {
+        let slots = |node: &NodeId| self.capabilities.get(node).map_or(0, |capability| usize::from(capability.slots));
+        election.awaited.iter().any(|node| self.tied(*node) < slots(node))
+    }
+
+    /// Closes the open election when it has what it waits for, or gives it up.
+    pub(super) fn check_election(&mut self, cx: &mut Ctx<'_>, id: JobId, out: &mut Outbox<RequesterEffect>) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        let timed_out = job.election_timer(&self.config).is_some_and(|at| at <= cx.now);
+        let Some(election) = &job.election else { return };
+        let bids = election.bids.len();
+        let complete = bids > 0 && (timed_out || bids >= self.config.close_at || !self.may_hope(election));
+        if bids == 0 && timed_out {
+            let Some(job) = self.jobs.get_mut(&id) else { return };
+            job.election = None;
+            job.barren = job.barren.saturating_add(1);
+            let pause = job.back_off(&self.config);
+            job.resume_at = Some(cx.now + cx.rng.between(pause / 2, pause));
+        } else if complete {
+            self.close(cx, id, out);
+        }
+    }
+
+    fn close(&mut self, cx: &mut Ctx<'_>, id: JobId, out: &mut Outbox<RequesterEffect>) {
+        let Some(election) = self.jobs.get_mut(&id).and_then(|job| job.election.take()) else { return };
+        let mut order = self.selector.rank(&election.bids, cx.rng);
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.barren = 0;
+        // Stable: the rule's order holds among those to avoid, and among the others.
+        order.sort_by_key(|&i| job.spec.avoid.contains(&election.bids[i].node));
+        let mut ranked: Vec<Candidate> = order.into_iter().map(|i| election.bids[i].clone()).collect();
+        ranked.retain(|candidate| {
+            let eligible = self.jobs.get(&id).and_then(|job| self.eligible(job, candidate.node)).is_some();
+            if !eligible {
+                release(candidate.node, election.beacon, out);
+            }
+            eligible
+        });
+        let winner = (!ranked.is_empty()).then(|| ranked.remove(0));
+        for loser in &ranked {
+            release(loser.node, election.beacon, out);
+        }
+        ranked.truncate(MAX_BENCH);
+        if let Some(job) = self.jobs.get_mut(&id) {
+            job.bench = ranked;
+            job.bids = election.bids.len();
+        }
+        match winner {
+            Some(winner) => self.grant(cx, id, winner, true, out),
+            None => self.advance(cx, id, out),
+        }
+    }
+}
+
+fn share(part: usize, whole: usize) -> f64 {
+    #[allow(clippy::cast_precision_loss, reason = "slots are few")]
+    let share = part as f64 / whole.max(1) as f64;
+    share.min(1.0)
+}

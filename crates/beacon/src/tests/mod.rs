@@ -1,0 +1,7 @@
+//! Both sides together, and each against a hostile other.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod faults;
+mod fuzz;
+mod harness;
+mod life;

@@ -1,0 +1,392 @@
+//! The router: one input in, and everything that follows from it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use chorus_beacon::{Executor, ExecutorEffect, ExecutorInput, Requester, RequesterEffect, RequesterInput};
+use chorus_ledger::{Ledger, LedgerEffect, LedgerEvent, LedgerInput, PersistBatch};
+use chorus_machine::{Ctx, Machine, Outbox, Time, earliest};
+use chorus_protocol::capability::{Capability, Skill};
+use chorus_protocol::entry::Body;
+use chorus_protocol::message::Direct;
+use chorus_protocol::{NodeId, SecretKey};
+use chorus_scheduler::spec::MAX_SKILLS;
+use chorus_scheduler::{Scheduler, SchedulerEffect, SchedulerInput};
+
+use crate::config::NodeConfig;
+use crate::io::{Command, Effect, EngineInput, Input, NetInput, NodeEvent, Restored, StoreInput};
+
+/// Routes that one input may set off before the rest waits for the next turn of the shell: a guard against two machines that
+/// answer each other for ever.
+const MAX_ROUTES_PER_TURN: usize = 10_000;
+
+/// An effect of one machine on its way to another.
+#[derive(Debug)]
+pub(crate) enum Route {
+    Ledger(LedgerInput),
+    Requester(RequesterInput),
+    Executor(ExecutorInput),
+    Scheduler(SchedulerInput),
+}
+
+/// A whole node, but for its sockets, its disk and its engine.
+#[derive(Debug)]
+pub struct Node {
+    pub(crate) config: NodeConfig,
+    pub(crate) me: NodeId,
+    pub(crate) ledger: Ledger,
+    pub(crate) requester: Requester,
+    pub(crate) executor: Executor,
+    pub(crate) scheduler: Scheduler,
+    /// What the node offers; said again before it expires.
+    offer: Option<Arc<Capability>>,
+    announce_at: Option<Time>,
+    /// Numbers the appends, so that their failures can be told apart in the log.
+    appends: u64,
+    /// Routes not yet taken. Empty between turns, unless a turn hit its limit.
+    routes: VecDeque<Route>,
+}
+
+impl Node {
+    /// Makes a node that knows nothing yet.
+    #[must_use]
+    pub fn new(config: NodeConfig, key: SecretKey) -> Self {
+        let network = config.network.clone();
+        Self {
+            me: key.node_id(),
+            ledger: Ledger::new(config.ledger.clone(), network.clone(), key.clone()),
+            requester: Requester::new(config.beacon.clone(), network.clone(), key.clone()),
+            executor: Executor::new(config.beacon.clone(), network, key),
+            scheduler: Scheduler::new(config.scheduler.clone()),
+            offer: None,
+            announce_at: None,
+            appends: 0,
+            routes: VecDeque::new(),
+            config,
+        }
+    }
+
+    /// Gives the node back what it had on disk. Call once, before the first input.
+    pub fn restore(&mut self, cx: &mut Ctx<'_>, disk: Restored, out: &mut Outbox<Effect>) {
+        self.ledger.restore(cx.wall, disk.entries, disk.proofs, disk.marks);
+        let known: Vec<_> =
+            self.ledger.capabilities().map(|(node, capability)| (node, Arc::clone(capability))).collect();
+        for (node, capability) in known {
+            self.route(Route::Requester(RequesterInput::Capability { node, capability: Some(capability) }));
+        }
+        let receipts: Vec<_> =
+            self.ledger.entries().filter(|entry| matches!(entry.body, Body::Receipt(_))).cloned().collect();
+        for entry in receipts {
+            self.route(Route::Requester(RequesterInput::Receipt { entry }));
+        }
+        for node in self.ledger.quarantined().collect::<Vec<_>>() {
+            self.route(Route::Requester(RequesterInput::Quarantined { node }));
+        }
+        self.run(cx, out);
+    }
+
+    /// Returns this node's id.
+    #[must_use]
+    pub fn id(&self) -> NodeId {
+        self.me
+    }
+
+    /// Returns the ledger, to be read.
+    #[must_use]
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Returns the requester's half of the beacon, to be read.
+    #[must_use]
+    pub fn requester(&self) -> &Requester {
+        &self.requester
+    }
+
+    /// Returns the executor's half of the beacon, to be read.
+    #[must_use]
+    pub fn executor(&self) -> &Executor {
+        &self.executor
+    }
+
+    pub(crate) fn route(&mut self, route: Route) {
+        self.routes.push_back(route);
+    }
+
+    /// Takes routes until none is left, or the turn's limit is reached.
+    fn run(&mut self, cx: &mut Ctx<'_>, out: &mut Outbox<Effect>) {
+        for _ in 0..MAX_ROUTES_PER_TURN {
+            let Some(route) = self.routes.pop_front() else { return };
+            self.take(cx, route, out);
+        }
+    }
+
+    fn take(&mut self, cx: &mut Ctx<'_>, route: Route, out: &mut Outbox<Effect>) {
+        match route {
+            Route::Ledger(input) => {
+                let mut effects = Outbox::new();
+                self.ledger.handle(cx, input, &mut effects);
+                self.on_ledger(&mut effects, None, out);
+            }
+            Route::Requester(input) => {
+                let mut effects = Outbox::new();
+                self.requester.handle(cx, input, &mut effects);
+                self.on_requester(&mut effects, out);
+            }
+            Route::Executor(input) => {
+                let mut effects = Outbox::new();
+                self.executor.handle(cx, input, &mut effects);
+                self.on_executor(&mut effects, out);
+            }
+            Route::Scheduler(input) => {
+                let mut effects = Outbox::new();
+                self.scheduler.handle(cx, input, &mut effects);
+                self.on_scheduler(&mut effects, out);
+            }
+        }
+    }
+
+    /// Hands a gossiped entry to the ledger at once, because its verdict belongs to the frame's token.
+    pub(crate) fn judge(&mut self, cx: &mut Ctx<'_>, input: LedgerInput, token: u64, out: &mut Outbox<Effect>) {
+        let mut effects = Outbox::new();
+        self.ledger.handle(cx, input, &mut effects);
+        self.on_ledger(&mut effects, Some(token), out);
+    }
+
+    fn on_ledger(&mut self, effects: &mut Outbox<LedgerEffect>, token: Option<u64>, out: &mut Outbox<Effect>) {
+        for effect in effects.drain() {
+            match effect {
+                LedgerEffect::Publish(frame) => self.publish_ledger(&frame, out),
+                LedgerEffect::Send { to, message } => self.send(to, Direct::Sync(message), out),
+                LedgerEffect::Persist(batch) => out.push(Effect::Persist(batch)),
+                LedgerEffect::Judged(acceptance) => {
+                    if let Some(token) = token {
+                        out.push(Effect::Validate { token, acceptance: acceptance.into() });
+                    }
+                }
+                LedgerEffect::Penalise { peer, reason } => {
+                    out.push(Effect::Penalise { peer, reason: reason.to_string() });
+                }
+                LedgerEffect::Appended { .. } => {}
+                LedgerEffect::AppendFailed { error, .. } => {
+                    out.push(Effect::Event(NodeEvent::AppendFailed { reason: error.to_string() }));
+                }
+                LedgerEffect::Event(event) => self.on_ledger_event(event, out),
+            }
+        }
+    }
+
+    /// What the ledger learns, the requester's directory and reputation learn too.
+    fn on_ledger_event(&mut self, event: LedgerEvent, out: &mut Outbox<Effect>) {
+        let input = match &event {
+            LedgerEvent::Capability { node, capability } => {
+                Some(RequesterInput::Capability { node: *node, capability: capability.clone() })
+            }
+            LedgerEvent::Receipt { entry } => Some(RequesterInput::Receipt { entry: entry.clone() }),
+            LedgerEvent::Quarantined { node } => Some(RequesterInput::Quarantined { node: *node }),
+            _ => None,
+        };
+        if let Some(input) = input {
+            self.route(Route::Requester(input));
+        }
+        out.push(Effect::Event(NodeEvent::Ledger(event)));
+    }
+
+    fn on_requester(&mut self, effects: &mut Outbox<RequesterEffect>, out: &mut Outbox<Effect>) {
+        for effect in effects.drain() {
+            match effect {
+                RequesterEffect::Publish(beacon) => {
+                    self.publish_beacon(&beacon, out);
+                    self.route(Route::Executor(ExecutorInput::Beacon(beacon)));
+                }
+                RequesterEffect::Send { to, message } => self.send(to, message, out),
+                RequesterEffect::Append(body) => self.append(body),
+                RequesterEffect::Event(event) => self.route(Route::Scheduler(SchedulerInput::Job(event))),
+                RequesterEffect::Done { job, result } => {
+                    self.route(Route::Scheduler(SchedulerInput::JobDone { job, result }));
+                }
+                RequesterEffect::Penalise { peer, reason } => {
+                    out.push(Effect::Penalise { peer, reason: reason.to_string() });
+                }
+            }
+        }
+    }
+
+    fn on_executor(&mut self, effects: &mut Outbox<ExecutorEffect>, out: &mut Outbox<Effect>) {
+        for effect in effects.drain() {
+            match effect {
+                ExecutorEffect::Send { to, message } => self.send(to, message, out),
+                ExecutorEffect::Run { run, kind, payload, deadline } => {
+                    out.push(Effect::Run { run, kind, payload, deadline });
+                }
+                ExecutorEffect::Stop { run } => out.push(Effect::Stop { run }),
+                ExecutorEffect::Event(event) => out.push(Effect::Event(NodeEvent::Executor(event))),
+                ExecutorEffect::Penalise { peer, reason } => {
+                    out.push(Effect::Penalise { peer, reason: reason.to_string() });
+                }
+            }
+        }
+    }
+
+    fn on_scheduler(&mut self, effects: &mut Outbox<SchedulerEffect>, out: &mut Outbox<Effect>) {
+        for effect in effects.drain() {
+            match effect {
+                SchedulerEffect::Submit(spec) => self.route(Route::Requester(RequesterInput::Submit(spec))),
+                SchedulerEffect::CancelJob(job) => self.route(Route::Requester(RequesterInput::Cancel(job))),
+                SchedulerEffect::Embed { request, text } => out.push(Effect::Embed { request, text }),
+                SchedulerEffect::Event(event) => out.push(Effect::Task(event)),
+                SchedulerEffect::Done { task, result } => out.push(Effect::TaskDone { task, result }),
+            }
+        }
+    }
+
+    fn append(&mut self, body: Body) {
+        self.appends += 1;
+        self.route(Route::Ledger(LedgerInput::Append { request: self.appends, body }));
+    }
+
+    fn on_command(&mut self, cx: &Ctx<'_>, command: Command) {
+        match command {
+            Command::Ask(mut spec) => {
+                if spec.skills.is_empty() {
+                    spec.skills = self.known_skills();
+                }
+                self.route(Route::Scheduler(SchedulerInput::Ask(spec)));
+            }
+            Command::Cancel(task) => self.route(Route::Scheduler(SchedulerInput::Cancel(task))),
+            Command::Offer(capability) => self.offer(cx.now, Arc::new(*capability)),
+            Command::Drain => {
+                self.offer = None;
+                self.announce_at = None;
+                self.append(Body::Retire);
+                self.route(Route::Executor(ExecutorInput::Drain));
+            }
+        }
+    }
+
+    /// The skills that nodes with a free hand offer, each once: what a question can be routed to.
+    fn known_skills(&self) -> Vec<Skill> {
+        let mut skills: Vec<Skill> = Vec::new();
+        let offered = self.ledger.capabilities().filter(|(_, capability)| capability.slots > 0);
+        for skill in offered.flat_map(|(_, capability)| capability.skills.iter()) {
+            if skills.len() < MAX_SKILLS && !skills.iter().any(|known| known.text == skill.text) {
+                skills.push(skill.clone());
+            }
+        }
+        skills
+    }
+
+    fn offer(&mut self, now: Time, capability: Arc<Capability>) {
+        self.announce_at = Some(now + self.config.announce_every);
+        self.append(Body::Capability(Box::new(Capability::clone(&capability))));
+        let slots = capability.slots;
+        self.route(Route::Executor(ExecutorInput::Offer { capability: Arc::clone(&capability), slots }));
+        self.offer = Some(capability);
+    }
+
+    fn on_net(&mut self, cx: &mut Ctx<'_>, input: NetInput, out: &mut Outbox<Effect>) {
+        match input {
+            NetInput::PeerUp(peer) => self.route(Route::Ledger(LedgerInput::PeerUp(peer))),
+            NetInput::PeerDown(peer) => {
+                self.route(Route::Ledger(LedgerInput::PeerDown(peer)));
+                self.route(Route::Requester(RequesterInput::PeerDown(peer)));
+                self.route(Route::Executor(ExecutorInput::PeerDown(peer)));
+            }
+            NetInput::Gossip { token, from, topic, bytes } => self.on_gossip(cx, token, from, topic, &bytes, out),
+            NetInput::Direct { from, bytes } => self.on_direct(from, &bytes, out),
+            NetInput::SendFailed { to } => self.route(Route::Requester(RequesterInput::SendFailed { to })),
+        }
+    }
+
+    fn on_store(&mut self, input: StoreInput) {
+        self.route(Route::Ledger(match input {
+            StoreInput::Persisted { batch } => LedgerInput::Persisted { batch },
+            StoreInput::Failed { batch, reason } => LedgerInput::PersistFailed { batch, reason },
+        }));
+    }
+
+    fn on_engine(&mut self, input: EngineInput) {
+        self.route(match input {
+            EngineInput::Progress { run, tokens, text } => {
+                Route::Executor(ExecutorInput::Progress { run, tokens, text })
+            }
+            EngineInput::Done { run, result } => Route::Executor(ExecutorInput::Done { run, result }),
+            EngineInput::Embedded { request, embedding } => {
+                Route::Scheduler(SchedulerInput::Embedded { request, embedding })
+            }
+        });
+    }
+
+    /// Turns an effect that found its queue full into the failure that it is. Nothing waits for ever on it.
+    fn on_overloaded(&mut self, effect: Effect) {
+        use chorus_protocol::job::Failure;
+        match effect {
+            Effect::Send { to, .. } => self.route(Route::Requester(RequesterInput::SendFailed { to })),
+            Effect::Persist(PersistBatch { batch, .. }) => {
+                let reason = "the disk cannot keep up".to_owned();
+                self.route(Route::Ledger(LedgerInput::PersistFailed { batch, reason }));
+            }
+            Effect::Run { run, .. } => {
+                self.route(Route::Executor(ExecutorInput::Done { run, result: Err(Failure::Busy) }));
+            }
+            Effect::Embed { request, .. } => {
+                self.route(Route::Scheduler(SchedulerInput::Embedded { request, embedding: None }));
+            }
+            // A lost gossip frame heals by reconciliation or by the beacon's next round; a lost stop ends at the run's own
+            // deadline; events are for watchers, who can ask again.
+            Effect::Publish { .. }
+            | Effect::Validate { .. }
+            | Effect::Penalise { .. }
+            | Effect::Stop { .. }
+            | Effect::Task(_)
+            | Effect::TaskDone { .. }
+            | Effect::Event(_) => {}
+        }
+    }
+}
+
+impl Machine for Node {
+    type Input = Input;
+    type Effect = Effect;
+
+    fn handle(&mut self, cx: &mut Ctx<'_>, input: Input, out: &mut Outbox<Effect>) {
+        match input {
+            Input::Net(input) => self.on_net(cx, input, out),
+            Input::Command(command) => self.on_command(cx, command),
+            Input::Store(input) => self.on_store(input),
+            Input::Engine(input) => self.on_engine(input),
+            Input::Overloaded(effect) => self.on_overloaded(*effect),
+        }
+        self.run(cx, out);
+    }
+
+    fn deadline(&self) -> Option<Time> {
+        if !self.routes.is_empty() {
+            return Some(Time::ZERO);
+        }
+        let machines =
+            [self.ledger.deadline(), self.requester.deadline(), self.executor.deadline(), self.scheduler.deadline()];
+        machines.into_iter().fold(self.announce_at, earliest)
+    }
+
+    fn expire(&mut self, cx: &mut Ctx<'_>, out: &mut Outbox<Effect>) {
+        if self.announce_at.is_some_and(|at| at <= cx.now)
+            && let Some(capability) = self.offer.clone()
+        {
+            self.offer(cx.now, capability);
+        }
+        let mut effects = Outbox::new();
+        self.ledger.expire(cx, &mut effects);
+        self.on_ledger(&mut effects, None, out);
+        let mut effects = Outbox::new();
+        self.requester.expire(cx, &mut effects);
+        self.on_requester(&mut effects, out);
+        let mut effects = Outbox::new();
+        self.executor.expire(cx, &mut effects);
+        self.on_executor(&mut effects, out);
+        let mut effects = Outbox::new();
+        self.scheduler.expire(cx, &mut effects);
+        self.on_scheduler(&mut effects, out);
+        self.run(cx, out);
+    }
+}

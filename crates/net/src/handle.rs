@@ -1,0 +1,204 @@
+//! The handle: what a node asks of its network. Everything but [`NetHandle::peers`], [`NetHandle::listen`] and
+//! [`NetHandle::shutdown`] returns at once; what cannot be queued comes back as [`NetError::Overloaded`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use chorus_protocol::limits::{MAX_DIRECT_BYTES, MAX_GOSSIP_BYTES};
+use chorus_protocol::{NetworkId, NodeId};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+
+use crate::addr::Addr;
+use crate::error::NetError;
+use crate::event::{GossipToken, PeerInfo, Topic, Verdict};
+use crate::ticket::Ticket;
+
+/// What waits for the actor.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Publish { topic: Topic, bytes: Vec<u8> },
+    Validated { token: GossipToken, verdict: Verdict },
+    Send { to: NodeId, outgoing: Outgoing },
+    Dial(Addr),
+    Disconnect { node: NodeId, reason: &'static str },
+    Ban { node: NodeId, ban: Duration },
+    Listen { addr: Addr, reply: oneshot::Sender<Result<(), NetError>> },
+    Unlisten(Addr),
+    Peers(oneshot::Sender<Vec<PeerInfo>>),
+    Shutdown(oneshot::Sender<()>),
+}
+
+/// A direct message on its way out. It holds its share of the bytes that may be on their way, until it is settled.
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    pub(crate) token: u64,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) permit: OwnedSemaphorePermit,
+}
+
+/// Where the node can be reached, as of now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Doors {
+    pub(crate) external: Vec<Addr>,
+    pub(crate) listening: Vec<Addr>,
+}
+
+/// A running network. Clones share it; when the last one is dropped, it stops.
+#[derive(Clone, Debug)]
+pub struct NetHandle {
+    commands: mpsc::Sender<Command>,
+    bytes: Arc<Semaphore>,
+    doors: watch::Receiver<Doors>,
+    network: NetworkId,
+    node: NodeId,
+}
+
+impl NetHandle {
+    pub(crate) fn new(
+        commands: mpsc::Sender<Command>,
+        send_bytes: u32,
+        doors: watch::Receiver<Doors>,
+        network: NetworkId,
+        node: NodeId,
+    ) -> Self {
+        Self { commands, bytes: Arc::new(Semaphore::new(send_bytes as usize)), doors, network, node }
+    }
+
+    fn push(&self, command: Command) -> Result<(), NetError> {
+        self.commands.try_send(command).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => NetError::Overloaded,
+            mpsc::error::TrySendError::Closed(_) => NetError::Stopped,
+        })
+    }
+
+    /// Returns this node's id.
+    #[must_use]
+    pub const fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// Gossips a message to every node of the network. When nobody listens, [`NetEvent::PublishFailed`](crate::NetEvent) says so
+    /// later; publishing the same bytes again within two minutes does nothing.
+    ///
+    /// # Errors
+    /// [`NetError::GossipTooLarge`], [`NetError::Empty`], [`NetError::Overloaded`], [`NetError::Stopped`].
+    pub fn publish(&self, topic: Topic, bytes: Vec<u8>) -> Result<(), NetError> {
+        match bytes.len() {
+            0 => Err(NetError::Empty),
+            len if len > MAX_GOSSIP_BYTES => Err(NetError::GossipTooLarge { topic, len }),
+            _ => self.push(Command::Publish { topic, bytes }),
+        }
+    }
+
+    /// Gives the verdict on a gossiped message. Only an accepted one is passed on.
+    ///
+    /// # Errors
+    /// [`NetError::Overloaded`], [`NetError::Stopped`]; the message is then not passed on.
+    pub fn validated(&self, token: GossipToken, verdict: Verdict) -> Result<(), NetError> {
+        self.push(Command::Validated { token, verdict })
+    }
+
+    /// Sends a message to one node, connecting to it first if need be. [`NetEvent::Delivered`](crate::NetEvent) or
+    /// [`NetEvent::SendFailed`](crate::NetEvent) with the same token follows.
+    ///
+    /// Messages to one peer leave in the order of the calls and arrive in it while at most one batch is under way; under load,
+    /// batches can overtake each other, so a stream's messages need numbers.
+    ///
+    /// # Errors
+    /// [`NetError::DirectTooLarge`], [`NetError::Empty`], [`NetError::Overloaded`], [`NetError::Stopped`].
+    pub fn send(&self, to: NodeId, token: u64, bytes: Vec<u8>) -> Result<(), NetError> {
+        let len = bytes.len();
+        if len == 0 {
+            return Err(NetError::Empty);
+        }
+        let size =
+            u32::try_from(len).ok().filter(|_| len <= MAX_DIRECT_BYTES).ok_or(NetError::DirectTooLarge { len })?;
+        let permit = Arc::clone(&self.bytes).try_acquire_many_owned(size).map_err(|_| NetError::Overloaded)?;
+        self.push(Command::Send { to, outgoing: Outgoing { token, bytes, permit } })
+    }
+
+    /// Connects to an address, with or without a node's id in it.
+    ///
+    /// # Errors
+    /// [`NetError::Overloaded`], [`NetError::Stopped`]; a dial that fails is a [`NetEvent::DialFailed`](crate::NetEvent).
+    pub fn dial(&self, addr: Addr) -> Result<(), NetError> {
+        self.push(Command::Dial(addr))
+    }
+
+    /// Closes all connections to a peer, and leaves it alone for a minute. The reason is for the log.
+    ///
+    /// # Errors
+    /// [`NetError::Overloaded`], [`NetError::Stopped`].
+    pub fn disconnect(&self, node: NodeId, reason: &'static str) -> Result<(), NetError> {
+        self.push(Command::Disconnect { node, reason })
+    }
+
+    /// Closes all connections to a peer, and refuses it for a while.
+    ///
+    /// # Errors
+    /// [`NetError::Overloaded`], [`NetError::Stopped`].
+    pub fn ban(&self, node: NodeId, ban: Duration) -> Result<(), NetError> {
+        self.push(Command::Ban { node, ban })
+    }
+
+    /// Begins to listen at one more address; peers are told.
+    ///
+    /// # Errors
+    /// [`NetError::PortInUse`], [`NetError::Listen`], [`NetError::Stopped`].
+    pub async fn listen(&self, addr: Addr) -> Result<(), NetError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Listen { addr, reply }).await.map_err(|_| NetError::Stopped)?;
+        answer.await.map_err(|_| NetError::Stopped)?
+    }
+
+    /// Stops to listen at an address that was given to [`NetConfig`](crate::NetConfig) or [`listen`](Self::listen); peers are told.
+    /// Connections that exist stay.
+    ///
+    /// # Errors
+    /// [`NetError::Overloaded`], [`NetError::Stopped`].
+    pub fn unlisten(&self, addr: Addr) -> Result<(), NetError> {
+        self.push(Command::Unlisten(addr))
+    }
+
+    /// Lists the connected peers.
+    pub async fn peers(&self) -> Vec<PeerInfo> {
+        let (reply, answer) = oneshot::channel();
+        if self.commands.send(Command::Peers(reply)).await.is_err() {
+            return Vec::new();
+        }
+        answer.await.unwrap_or_default()
+    }
+
+    /// Returns where this node listens now, each address without its id.
+    #[must_use]
+    pub fn listening(&self) -> Vec<Addr> {
+        self.doors.borrow().listening.clone()
+    }
+
+    /// Makes a ticket with which others can join through this node: what it knows to be reachable first, then where it listens;
+    /// loopback addresses only when there is nothing else.
+    #[must_use]
+    pub fn ticket(&self) -> Ticket {
+        let doors = self.doors.borrow();
+        let far = |addr: &&Addr| !addr.is_loopback();
+        let mut addrs: Vec<Addr> = Vec::new();
+        for addr in doors.external.iter().chain(doors.listening.iter().filter(far)) {
+            if !addrs.contains(addr) {
+                addrs.push(addr.clone());
+            }
+        }
+        if addrs.is_empty() {
+            addrs.clone_from(&doors.listening);
+        }
+        Ticket::new(self.network.clone(), self.node, addrs)
+    }
+
+    /// Says good-bye to all peers and stops.
+    pub async fn shutdown(self) {
+        let (done, stopped) = oneshot::channel();
+        if self.commands.send(Command::Shutdown(done)).await.is_ok() {
+            // An actor that is gone already has stopped as well.
+            let _ = stopped.await;
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! `chorus`: a node of the swarm, and the commands that speak to it.
+//!
+//! ```text
+//!  main ── parse ──▶ Config ──▶ commands::run ──▶ process::start ──▶ driver: the one loop around core::Node
+//!                         └───▶ commands::{ask, status, …} ──HTTP──▶ a running node's API
+//! ```
+
+mod backend;
+mod capability;
+mod client;
+mod commands;
+mod config;
+mod driver;
+mod error;
+mod executor;
+mod keyfile;
+mod logs;
+mod metrics;
+mod process;
+mod storage;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    match commands::dispatch(commands::Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            error.exit_code()
+        }
+    }
+}

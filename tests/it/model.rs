@@ -1,0 +1,31 @@
+//! The real default model, from question to answer.
+
+use chorus_tests::{NodeOptions, Swarm, models_dir};
+use serde_json::json;
+
+#[test]
+fn the_default_model_answers_a_real_question() {
+    let model = models_dir().join("SmolLM2-135M-Instruct.Q8_0.gguf");
+    assert!(model.exists(), "{} is missing; run scripts/models", model.display());
+    let mut swarm = Swarm::new("it-model");
+    let asker = swarm.start(&NodeOptions::asker());
+    let options = NodeOptions { model: Some(model.display().to_string()), ..NodeOptions::default() };
+    swarm.start(&options);
+    swarm.start(&options);
+    swarm.wait_agreement(3);
+    let body = json!({"question": "What is the capital of France?", "strategy": "direct", "max_tokens": 48, "temperature": 0.0});
+    let task = swarm.nodes[asker].submit(&body);
+    let events = swarm.nodes[asker].events(&task);
+    let result = &events.last().unwrap()["result"];
+    assert!(result["text"].as_str().unwrap_or_default().contains("Paris"), "{events:?}");
+
+    let question = "Question: is the number 7 prime? Options: (A) yes (B) no. Answer with the letter.";
+    let task = swarm.nodes[asker]
+        .submit(&json!({"question": question, "strategy": "chains", "planners": 2, "max_tokens": 96}));
+    let events = swarm.nodes[asker].events(&task);
+    let result = &events.last().unwrap()["result"];
+    assert_eq!(events.last().unwrap()["event"], "finished", "{events:?}");
+    let answer = result["answer"].as_str().unwrap_or_default();
+    assert!(answer.contains('A') || answer.contains('B'), "an option was asked for: {result}");
+    assert!(result["votes"].as_array().is_some_and(|votes| !votes.is_empty()), "{result}");
+}
