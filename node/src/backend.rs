@@ -304,7 +304,7 @@ impl Backend for NodeBackend {
     }
 
     async fn set_blocked(&self, peer: NodeId, blocked: bool) -> Result<(), BackendError> {
-        let done = self.net.ban(peer, if blocked { BLOCK } else { Duration::ZERO });
+        let done = if blocked { self.net.ban(peer, BLOCK) } else { self.net.unban(peer) };
         done.map_err(|error| BackendError::Engine { reason: error.to_string(), retryable: error.is_retryable() })
     }
 

@@ -185,7 +185,7 @@ impl Default for EngineSection {
             queue: 8,
             context: 0,
             threads: 0,
-            system_prompt: String::new(),
+            system_prompt: "You are a helpful assistant.".to_owned(),
             embedder: String::new(),
         }
     }

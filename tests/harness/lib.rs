@@ -92,6 +92,8 @@ pub struct NodeOptions {
     pub config: String,
     /// More arguments.
     pub args: Vec<String>,
+    /// The data directory, where it is not one of the swarm's own.
+    pub data_dir: Option<PathBuf>,
 }
 
 impl NodeOptions {
@@ -99,6 +101,17 @@ impl NodeOptions {
     #[must_use]
     pub fn asker() -> Self {
         Self { model: Some("none".to_owned()), ..Self::default() }
+    }
+
+    /// A node with the default model: slow enough that its answers have a middle.
+    ///
+    /// # Panics
+    /// When the model is missing.
+    #[must_use]
+    pub fn real() -> Self {
+        let model = models_dir().join("SmolLM2-135M-Instruct.Q8_0.gguf");
+        assert!(model.exists(), "{} is missing; run scripts/models", model.display());
+        Self { model: Some(model.display().to_string()), ..Self::default() }
     }
 }
 
@@ -137,7 +150,8 @@ impl Swarm {
     /// Starts one more node and waits for its API.
     pub fn start(&mut self, options: &NodeOptions) -> usize {
         let index = self.nodes.len();
-        let node = Node::prepare(self.dir.path().join(index.to_string()), &self.network, options);
+        let dir = options.data_dir.clone().unwrap_or_else(|| self.dir.path().join(index.to_string()));
+        let node = Node::prepare(dir, &self.network, options);
         self.nodes.push(node);
         self.restart(index);
         if self.bootstrap.len() < 2 {

@@ -8,8 +8,8 @@ fn chat_completions_by_the_swarm_and_by_the_nodes_own_engine() {
     let swarm = Swarm::of("it-chat", 2);
     let (_, models) = swarm.nodes[0].get("/v1/models");
     let names: Vec<&str> = models["data"].as_array().unwrap().iter().filter_map(|model| model["id"].as_str()).collect();
-    assert!(names.contains(&"chorus") && names.len() == 2, "{names:?}");
-    for model in names {
+    assert!(names.contains(&"chorus") && names.len() >= 2, "{names:?}");
+    for model in names.into_iter().filter(|name| *name != "all-MiniLM-L6-v2") {
         let body = json!({"model": model, "max_tokens": 12, "messages": [{"role": "user", "content": "Hello"}]});
         let (status, reply) = swarm.nodes[0].post("/v1/chat/completions", &body);
         assert_eq!(status, 200, "{model}: {reply}");

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 
 /// A long answer, so that there is a middle to crash in.
 fn long_task() -> Value {
-    json!({"question": "Tell a long story.", "strategy": "direct", "max_tokens": 1500, "temperature": 1.0, "seed": 3, "deadline_s": 50})
+    let question = "Tell a very long story about a lighthouse keeper, year by year.";
+    json!({"question": question, "strategy": "direct", "max_tokens": 300, "temperature": 1.0, "seed": 3, "deadline_s": 55})
 }
 
 /// The index of the node that runs a job now.
@@ -25,7 +26,7 @@ fn the_executor_is_killed_in_mid_answer_and_there_is_an_answer_all_the_same() {
     let mut swarm = Swarm::new("it-kill-executor");
     let asker = swarm.start(&NodeOptions::asker());
     for _ in 0..3 {
-        swarm.start(&NodeOptions::default());
+        swarm.start(&NodeOptions::real());
     }
     swarm.wait_agreement(4);
     let task = swarm.nodes[asker].submit(&long_task());
@@ -49,10 +50,10 @@ fn the_executor_is_killed_in_mid_answer_and_there_is_an_answer_all_the_same() {
 fn the_requester_is_killed_and_the_executor_stops_its_work() {
     let mut swarm = Swarm::new("it-kill-requester");
     let asker = swarm.start(&NodeOptions::asker());
-    swarm.start(&NodeOptions::default());
+    swarm.start(&NodeOptions::real());
     swarm.wait_agreement(2);
     let mut body = long_task();
-    body["max_tokens"] = json!(1900);
+    body["max_tokens"] = json!(1_500);
     let _ = swarm.nodes[asker].submit(&body);
     let worker = runner(&swarm);
     swarm.nodes[asker].kill();
@@ -81,8 +82,7 @@ fn a_killed_node_comes_back_with_its_ledger_and_goes_on_with_its_chain() {
     swarm.nodes[0].kill();
     swarm.restart(0);
     swarm.wait_agreement(3);
-    let after = own(&swarm, &id);
-    assert!(after.iter().max() > before.iter().max(), "{after:?} goes on behind {before:?}");
+    wait_for("a capability behind what was there", || (own(&swarm, &id).iter().max() > before.iter().max()).then_some(()));
     assert_eq!(swarm.nodes[0].status()["ledger"]["quarantined"], json!(0), "no number was used twice");
 }
 
@@ -121,7 +121,7 @@ fn a_prompt_longer_than_the_context_is_a_clear_error() {
     let last = events.last().unwrap();
     assert_eq!(last["event"], "failed", "{last}");
     let text = last["error"].to_string();
-    assert!(text.contains("context") || text.contains("shorten"), "{text}");
+    assert!(text.contains("holds the") || text.contains("context"), "{text}");
 }
 
 #[test]
@@ -145,8 +145,7 @@ fn a_full_disk_is_told_and_harms_nobody_else() {
     swarm.start(&NodeOptions::default());
     swarm.start(&NodeOptions::default());
     swarm.wait_agreement(2);
-    let dir = full.path.display().to_string();
-    let cramped = swarm.start(&NodeOptions { args: vec!["--data-dir".to_owned(), dir], ..NodeOptions::asker() });
+    let cramped = swarm.start(&NodeOptions { data_dir: Some(full.path.join("node")), ..NodeOptions::asker() });
     swarm.wait_agreement(3);
     full.fill();
     for _ in 0..40 {

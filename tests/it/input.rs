@@ -95,10 +95,7 @@ fn two_nodes_with_one_key_are_noticed() {
     // A third node is started with the second one's key.
     let twin_dir = tempfile::tempdir().unwrap();
     fs::write(twin_dir.path().join("node.key"), key).unwrap();
-    let twin = swarm.start(&NodeOptions {
-        args: vec!["--data-dir".to_owned(), twin_dir.path().display().to_string()],
-        ..NodeOptions::asker()
-    });
+    let twin = swarm.start(&NodeOptions { data_dir: Some(twin_dir.path().to_owned()), ..NodeOptions::asker() });
     wait_for("somebody to notice", || {
         let noticed = [0, 1, twin].iter().any(|&node| {
             let status = swarm.nodes[node].status();

@@ -1,15 +1,13 @@
 //! The real default model, from question to answer.
 
-use chorus_tests::{NodeOptions, Swarm, models_dir};
+use chorus_tests::{NodeOptions, Swarm};
 use serde_json::json;
 
 #[test]
 fn the_default_model_answers_a_real_question() {
-    let model = models_dir().join("SmolLM2-135M-Instruct.Q8_0.gguf");
-    assert!(model.exists(), "{} is missing; run scripts/models", model.display());
     let mut swarm = Swarm::new("it-model");
     let asker = swarm.start(&NodeOptions::asker());
-    let options = NodeOptions { model: Some(model.display().to_string()), ..NodeOptions::default() };
+    let options = NodeOptions::real();
     swarm.start(&options);
     swarm.start(&options);
     swarm.wait_agreement(3);

@@ -8,7 +8,7 @@
 //! lease like any other, and the rule above holds for it word for word. The requester alone knows that the two ids are one job;
 //! it takes the first valid result of either and takes the other back.
 //!
-//! **Tokens.** [`FenceClock`] draws them: at least the wall clock's milliseconds × 2²⁰, and always above the last one drawn. One
+//! **Tokens.** `FenceClock` draws them: at least the wall clock's milliseconds × 2²⁰, and always above the last one drawn. One
 //! requester's tokens grow strictly while it runs. A restarted requester cannot meet its former tokens: jobs are not carried over
 //! a restart and job ids are random, so no executor compares old with new; and should an id come back all the same, the
 //! token lies above the old one as long as the clock was not set back. If it was, executors refuse the lower token as stale:

@@ -84,10 +84,10 @@ pub fn why_nobody<'a>(capabilities: impl Iterator<Item = &'a Capability> + Clone
     if !any(&|_| true) {
         return "the ledger knows no node yet".to_owned();
     }
-    if let Some(tool) = &requirement.tool {
-        if !any(&|c| c.tools.iter().any(|offer| offer.name == *tool)) {
-            return format!("no node offers the tool '{tool}'");
-        }
+    if let Some(tool) = &requirement.tool
+        && !any(&|c| c.tools.iter().any(|offer| offer.name == *tool))
+    {
+        return format!("no node offers the tool '{tool}'");
     }
     match &requirement.model {
         Some(model) if !any(&|c| c.models.iter().any(|offer| offer.name == *model)) => {

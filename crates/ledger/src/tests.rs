@@ -275,11 +275,18 @@ impl Net {
         }
     }
 
-    /// The process dies: what the disk has not written is gone.
+    /// The process dies and comes back: what the disk has not written is gone, and every connection is a new one.
     fn crash(&mut self, n: usize, cfg: LedgerConfig) {
+        let neighbours: Vec<usize> = self.links.iter().filter(|(from, _)| *from == n).map(|(_, to)| *to).collect();
+        for to in &neighbours {
+            self.cut(n, *to);
+        }
         let node = &mut self.nodes[n];
         node.writing.clear();
         node.ledger = node.disk.restore(cfg, key(self.keys[n]), self.wall);
+        for to in neighbours {
+            self.link(n, to);
+        }
     }
 
     fn link(&mut self, a: usize, b: usize) {

@@ -17,7 +17,6 @@ use tokio::sync::mpsc;
 
 const PING_PONGS: usize = 5_000;
 const SWARM: u8 = 20;
-const GOSSIP_ROUNDS: u32 = 200;
 
 struct Node {
     handle: NetHandle,
@@ -174,7 +173,7 @@ async fn bare_throughput() {
     println!("bare TCP, no encryption: {:.1} MB/s", BYTES as f64 / started.elapsed().as_secs_f64() / 1e6);
 }
 
-async fn swarm(size: usize) {
+async fn swarm(size: usize, rounds: u32, per_second: u32) {
     let listen = ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"];
     let started = Instant::now();
     let mut nodes = vec![start(1, &listen, Vec::new()).await];
@@ -206,21 +205,21 @@ async fn swarm(size: usize) {
             })
         })
         .collect();
-    for round in 0..GOSSIP_ROUNDS {
+    for round in 0..rounds {
         let author = &handles[round as usize % handles.len()];
         let mut bytes = vec![3; size];
         bytes[..8].copy_from_slice(&(clock.elapsed().as_nanos() as u64).to_le_bytes());
         bytes[8..12].copy_from_slice(&round.to_le_bytes());
         author.publish(Topic::Ledger, bytes).unwrap();
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_secs(1) / per_second).await;
     }
     let mut all = Vec::new();
     for listener in listeners {
         all.extend(listener.await.unwrap().0);
     }
-    let expected = GOSSIP_ROUNDS as usize * (usize::from(SWARM) - 1);
+    let expected = rounds as usize * (usize::from(SWARM) - 1);
     let missed = expected - all.len().min(expected);
-    println!("gossip, {SWARM} nodes, {size} B, 50 a second:  {}", quantiles(all));
+    println!("gossip, {SWARM} nodes, {size} B, {per_second} a second:  {}", quantiles(all));
     println!("gossip, {SWARM} nodes, {size} B: {missed} of {expected} deliveries missed");
 }
 
@@ -235,6 +234,7 @@ async fn main() {
     bare_throughput().await;
     throughput("TCP ", "/ip4/127.0.0.1/tcp/0", 256 << 10, 1_500).await;
     throughput("QUIC", "/ip4/127.0.0.1/udp/0/quic-v1", 256 << 10, 1_500).await;
-    swarm(300).await;
-    swarm(16 << 10).await;
+    swarm(300, 100, 10).await;
+    swarm(300, 200, 50).await;
+    swarm(16 << 10, 100, 10).await;
 }

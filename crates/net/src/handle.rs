@@ -22,6 +22,7 @@ pub(crate) enum Command {
     Dial(Addr),
     Disconnect { node: NodeId, reason: &'static str },
     Ban { node: NodeId, ban: Duration },
+    Unban(NodeId),
     Listen { addr: Addr, reply: oneshot::Sender<Result<(), NetError>> },
     Unlisten(Addr),
     Peers(oneshot::Sender<Vec<PeerInfo>>),
@@ -139,6 +140,14 @@ impl NetHandle {
     /// [`NetError::Overloaded`], [`NetError::Stopped`].
     pub fn ban(&self, node: NodeId, ban: Duration) -> Result<(), NetError> {
         self.push(Command::Ban { node, ban })
+    }
+
+    /// Lets a banned peer in again, and dials it if an address of it is known.
+    ///
+    /// # Errors
+    /// [`NetError::Overloaded`], [`NetError::Stopped`].
+    pub fn unban(&self, node: NodeId) -> Result<(), NetError> {
+        self.push(Command::Unban(node))
     }
 
     /// Begins to listen at one more address; peers are told.

@@ -109,8 +109,7 @@ impl Meter {
 
     /// Whether the peer starts afresh if it is forgotten now.
     pub(crate) fn is_idle(&mut self, now: Instant) -> bool {
-        let buckets = self.direct.iter_mut().chain(&mut self.gossip);
-        self.strikes.is_full(now) && buckets.fold(true, |full, bucket| bucket.is_full(now) && full)
+        self.strikes.is_full(now) && self.direct.iter_mut().chain(&mut self.gossip).all(|bucket| bucket.is_full(now))
     }
 }
 

@@ -3,7 +3,9 @@
 //! 1. The grammar ([`schema`]) keeps an engine that has one to the right shape. Engines without one write what they like, so
 //!    the parser takes code fences, bare lists, plain strings and the usual names of the fields, among them Symphony's own
 //!    `{"subtasks": ["Q1: …"]}`.
-//! 2. What is harmless is tidied: a step that needs itself, a step said twice, a need said twice.
+//! 2. What is harmless is tidied: a step said twice, and a need that cannot be meant: of the step itself, of a step that is not
+//!    there, or of the last one, which is the answer. Small models number badly, and a step loses nothing by not waiting for a
+//!    result that will never be.
 //! 3. What would change the meaning is an error, worded for the planner, which gets one chance to repair it.
 //! 4. A step that says nothing (`How to do it`) is no mistake of form but a model out of its depth. It is not asked again
 //!    ([`PlanError::is_repairable`]): of three such plans that SmolLM2-135M was told to repair, none became better.
@@ -76,28 +78,12 @@ pub enum PlanError {
         /// The step's number.
         step: usize,
     },
-    /// A step needs one that is not there.
-    #[error("step {step} needs step {need}, but the steps are numbered 1 to {len}")]
-    UnknownNeed {
-        /// The step's number.
-        step: usize,
-        /// What it needs.
-        need: i64,
-        /// How many steps there are.
-        len: usize,
-    },
     /// Steps wait for one another.
     #[error(
         "step {step} waits for itself through its \"needs\"; a step may only need steps that can be done before it"
     )]
     Cycle {
         /// One of the steps.
-        step: usize,
-    },
-    /// A step needs the last one, which is the answer.
-    #[error("step {step} needs the last step; the last step must come after all others")]
-    NeedsLast {
-        /// The step's number.
         step: usize,
     },
 }
@@ -180,14 +166,8 @@ impl Plan {
             let step = at + 1;
             let mut needs = BTreeSet::new();
             for need in raw.needs {
-                let number = u8::try_from(need).ok().filter(|&n| n >= 1 && usize::from(n) <= len);
-                let number = number.ok_or(PlanError::UnknownNeed { step, need, len })?;
-                if usize::from(number) == len && step != len {
-                    return Err(PlanError::NeedsLast { step });
-                }
-                if usize::from(number) != step {
-                    needs.insert(number);
-                }
+                let number = u8::try_from(need).ok().filter(|&n| n >= 1 && usize::from(n) < len);
+                needs.extend(number.filter(|&n| usize::from(n) != step));
             }
             steps.push(Step { ask: raw.ask, skill: raw.skill, needs: needs.into_iter().collect() });
         }

@@ -10,7 +10,7 @@
 //!                                            result ─▶ receipt ─▶ Done
 //! ```
 //!
-//! One function decides what a job needs next ([`Requester::advance`]): a lease when it has none, a rival when its only lease is
+//! One function decides what a job needs next (`advance`): a lease when it has none, a rival when its only lease is
 //! overdue and the deadline in danger, else nothing. It takes the next bidder of the bench, or announces the job again. Everything
 //! else is bookkeeping for it. Each job has one timer, and all timers stand in one ordered set.
 //!
@@ -303,7 +303,7 @@ impl Requester {
             let Some(held) = self.leases.remove(&lease) else { continue };
             let message = Direct::Cancel { job: lease, fence: held.fence };
             out.push(RequesterEffect::Send { to: held.executor(), message });
-            self.judge_unfinished(cx, &held, result.as_ref());
+            self.judge_unfinished(cx, &held, result.as_deref());
             self.revoked.push(lease, held, cx.now);
         }
         if let Some(election) = job.election.take() {
@@ -318,7 +318,7 @@ impl Requester {
     }
 
     /// What it says about an executor that its job ended without it.
-    fn judge_unfinished(&mut self, cx: &Ctx<'_>, held: &Held, result: Result<&Box<JobDone>, &JobError>) {
+    fn judge_unfinished(&mut self, cx: &Ctx<'_>, held: &Held, result: Result<&JobDone, &JobError>) {
         let elapsed = cx.now.since(held.granted);
         let overdue = elapsed > held.candidate.latency;
         match result {

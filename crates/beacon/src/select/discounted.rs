@@ -16,6 +16,11 @@
 //! The reputation, which the agent earned at all kinds of jobs, is the prior and worth `k` observations: an agent new to a kind of
 //! job is judged by what it did elsewhere, a new agent by its capability. Half of the latency's penalty stands outside, because
 //! the rewards in `R` already carry what it cost on average.
+//!
+//! Measured (`tests/shock.rs`, 60 fresh seeds, both shocks, reward shaped by latency): reward 0.576 against 0.574 for φ × reputation,
+//! 0.555 for φ alone, 0.539 for LinUCB as published and 0.479 at random. The lead over φ × reputation is small; it lies in the first
+//! hundred tasks after a shock (solved 0.390 and 0.493 against 0.376 and 0.469) and in cost per solved task (0.77 and 0.72 against
+//! 0.79 and 0.74). One model, whose φ is a good guide to success: indicative, no more.
 
 use std::collections::BTreeMap;
 
@@ -27,8 +32,8 @@ use super::{Candidate, LATENCY_PENALTY, Selector, by_value};
 /// Cells that are remembered.
 const MAX_CELLS: usize = 16_384;
 
-/// The numbers of [`Discounted`]. The defaults are those that did best over `tests/shock.rs`'s two shocks and two rewards in a
-/// grid of 120; their neighbours differ by less than the noise of 24 seeds.
+/// The numbers of [`Discounted`]. The defaults did best, of those that explore at all, over both shocks and both rewards of
+/// `tests/shock.rs` in a grid of 120 with 24 seeds; their neighbours differ by less than the noise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DiscountedParams {
     /// α: exploration.

@@ -4,4 +4,5 @@
 mod faults;
 mod fuzz;
 mod harness;
+mod hostile;
 mod life;

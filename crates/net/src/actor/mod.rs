@@ -202,6 +202,7 @@ impl Actor {
             Command::Dial(addr) => self.dial_for_node(addr),
             Command::Disconnect { node, reason } => self.disconnect(node, reason),
             Command::Ban { node, ban } => self.ban_for_node(node, ban),
+            Command::Unban(node) => self.unban(&node),
             Command::Listen { addr, reply } => {
                 let listening = self.listen(&addr);
                 // Whoever asked may have stopped waiting; the listener stays.

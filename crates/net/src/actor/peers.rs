@@ -255,6 +255,14 @@ impl Actor {
         self.emit(NetEvent::Banned { node, reason, ban });
     }
 
+    /// Ends a ban before its time.
+    pub(super) fn unban(&mut self, node: &NodeId) {
+        let peer = peer_of(node);
+        let behaviour = self.swarm.behaviour_mut();
+        behaviour.gate.pardon(&peer);
+        behaviour.book.rest(&peer, Duration::ZERO, Instant::now());
+    }
+
     pub(super) fn disconnect(&mut self, node: NodeId, reason: &'static str) {
         let peer = peer_of(&node);
         tracing::info!(peer = %node.fmt_short(), reason, "disconnecting");

@@ -71,6 +71,11 @@ impl Gate {
         *entry = until.max(*entry);
     }
 
+    /// Ends a ban before its time.
+    pub(crate) fn pardon(&mut self, peer: &PeerId) {
+        self.bans.remove(peer);
+    }
+
     pub(crate) fn is_banned(&self, peer: &PeerId, now: Instant) -> bool {
         self.bans.get(peer).is_some_and(|until| *until > now)
     }
@@ -237,6 +242,10 @@ mod tests {
         gate.ban(peer, Duration::from_secs(1), now);
         assert!(gate.is_banned(&peer, now + Duration::from_secs(9)));
         assert!(!gate.is_banned(&peer, now + Duration::from_secs(10)));
+        gate.ban(peer, Duration::from_secs(10), now);
+        gate.pardon(&peer);
+        assert!(!gate.is_banned(&peer, now));
+        gate.ban(peer, Duration::from_secs(10), now);
         for _ in 0..MAX_BANS + 10 {
             gate.ban(PeerId::random(), Duration::from_secs(60), now);
         }
