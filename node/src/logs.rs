@@ -20,7 +20,8 @@ const DEFAULT_FILTER: &str = "warn,chorus=info,chorus_node=info,chorus_net=info,
 /// Installs the subscriber. Logs go to standard error, so that answers on standard output stay clean.
 pub(crate) fn init(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr);
+    // A log that cannot be written (a full disk) is no reason to fail; reporting that on the same standard error would be one.
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr).log_internal_errors(false);
     match format {
         LogFormat::Text => builder.with_ansi(stderr().is_terminal()).with_target(false).init(),
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(true).with_span_list(true).init(),

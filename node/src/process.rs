@@ -71,15 +71,26 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
         chorus_api::serve(api, Arc::clone(&backend) as _, shutdown.clone()).await.map_err(CommandError::machine)?;
     write_run_file(&config.data_dir, &bound.local_addr().to_string())?;
     tracing::info!(node = %key.node_id(), name = config.name, api = %bound.local_addr(), "the node is up");
-    let driving = tokio::spawn(driver.run());
+    let mut driving = tokio::spawn(driver.run());
     let ended = tokio::select! {
         ended = bring_up(&config, &handle, &backend) => ended,
         () = interrupted() => Ok(()),
+        died = &mut driving => Err(loop_died(died)),
     };
     shutdown.cancel();
-    let _ = tokio::time::timeout(GRACE, driving).await;
+    if !driving.is_finished() {
+        let _ = tokio::time::timeout(GRACE, driving).await;
+    }
     let _ = fs::remove_file(config.data_dir.join(RUN_FILE));
     ended
+}
+
+/// A node whose loop has ended answers nobody: better to end, loudly, and be started again by whoever supervises it.
+fn loop_died(died: Result<(), tokio::task::JoinError>) -> CommandError {
+    let why = died.err().map_or_else(|| "it returned".to_owned(), |error| error.to_string());
+    CommandError::machine(format!("the node's loop ended by itself: {why}")).hint(
+        "this is a fault of the program; please report it with the last lines of the log, and start the node again",
+    )
 }
 
 /// Loads the models, announces what the node can do, and then waits for ever.

@@ -2,6 +2,7 @@
 //!
 //! A [`Swarm`] owns its nodes and a scratch directory; dropping it kills what still runs. A node that does not do what a test
 //! waits for fails the test with its log's last lines, so that a red run explains itself.
+#![allow(clippy::panic, reason = "a harness fails tests")]
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

@@ -82,7 +82,9 @@ fn a_killed_node_comes_back_with_its_ledger_and_goes_on_with_its_chain() {
     swarm.nodes[0].kill();
     swarm.restart(0);
     swarm.wait_agreement(3);
-    wait_for("a capability behind what was there", || (own(&swarm, &id).iter().max() > before.iter().max()).then_some(()));
+    wait_for("a capability behind what was there", || {
+        (own(&swarm, &id).iter().max() > before.iter().max()).then_some(())
+    });
     assert_eq!(swarm.nodes[0].status()["ledger"]["quarantined"], json!(0), "no number was used twice");
 }
 

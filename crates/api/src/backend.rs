@@ -62,8 +62,7 @@ pub trait Backend: Send + Sync + 'static {
     /// Embeds texts with this node's own embedder.
     async fn embed(&self, texts: Vec<String>) -> Result<Embedded, BackendError>;
 
-    /// Hands a task to the swarm. Its id is drawn, and it is open in [`Backend::tasks`], before this is called; the skills that
-    /// the ledger knows ([`TaskSpec::skills`]) are for the backend to fill in. Everything that happens from then on, the end
+    /// Hands a task to the swarm. Its id is drawn, and it is open in [`Backend::tasks`], before this is called. Everything that happens from then on, the end
     /// included, comes through the log.
     async fn ask(&self, spec: TaskSpec) -> Result<(), BackendError>;
 

@@ -5,7 +5,7 @@ use axum::extract::{Request, State};
 use serde_json::{Value, json};
 
 use crate::app::{App, read_body, within};
-use crate::backend::{Embedded, ModelCard, ModelKind};
+use crate::backend::{Embedded, ModelKind};
 use crate::error::{BackendError, Fault};
 use crate::fields::{self, Fields, wrong_type};
 use crate::models;
@@ -18,7 +18,7 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<J
     let body = fields::parse(&read_body(&app, request).await?)?;
     let fields = Fields::root(&body)?;
     let model = fields.required_str("model")?;
-    check_model(&app.backend.models(), model)?;
+    check_model(&app, model)?;
     let inputs = inputs(&fields)?;
     let base64 = fields.word("encoding_format", &[("float", false), ("base64", true)])?.unwrap_or(false);
     let dimensions = fields.int("dimensions", 1, u64::from(u32::MAX))?;
@@ -35,15 +35,14 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<J
     })))
 }
 
-fn check_model(cards: &[ModelCard], model: &str) -> Result<(), Fault> {
-    let available = models::names(cards, ModelKind::Embedding);
-    if available.iter().any(|name| name == model) {
+fn check_model(app: &App, model: &str) -> Result<(), Fault> {
+    let cards = app.backend.models();
+    if cards.iter().any(|card| card.kind == ModelKind::Embedding && card.name == model) {
         return Ok(());
     }
-    if available.is_empty() {
-        return Err(BackendError::NoEmbedder.into());
-    }
-    Err(BackendError::ModelNotFound { model: model.chars().take(80).collect(), available }.into())
+    let missing = models::not_found(app, &cards, model, ModelKind::Embedding);
+    let none = matches!(&missing, BackendError::ModelNotFound { available, .. } if available.is_empty());
+    Err(if none { BackendError::NoEmbedder } else { missing }.into())
 }
 
 fn inputs(fields: &Fields<'_>) -> Result<Vec<String>, Fault> {

@@ -31,6 +31,15 @@ pub(crate) fn names(cards: &[ModelCard], kind: ModelKind) -> Vec<String> {
     swarm.into_iter().chain(own).collect()
 }
 
+/// Says that a model is not here, or not yet.
+pub(crate) fn not_found(app: &App, cards: &[ModelCard], model: &str, kind: ModelKind) -> BackendError {
+    let waiting_for = app.backend.health().waiting_for;
+    if !waiting_for.is_empty() {
+        return BackendError::Starting { what: format!("this node ({})", waiting_for.join(", ")) };
+    }
+    BackendError::ModelNotFound { model: model.chars().take(80).collect(), available: names(cards, kind) }
+}
+
 fn cards(app: &App) -> Vec<Value> {
     let swarm = json!({
         "id": SWARM_MODEL,

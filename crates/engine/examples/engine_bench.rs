@@ -1,11 +1,11 @@
 //! Measures the engine, in one run each, and prints ratios.
 //!
 //! ```text
-//! engine_bench overhead [MODEL]       tokens/s through MistralEngine against mistral.rs called directly
+//! engine_bench overhead [MODEL] [N]   tokens/s through MistralEngine against mistral.rs called directly
 //! engine_bench quantisations [DIR]    speed and quality of Q4_1, Q8_0 and Q4_0; makes what is missing
 //! ```
 //!
-//! `overhead` interleaves both ways and repeats them, so that what else the machine does hits both.
+//! `overhead` interleaves both ways and repeats them N times, so that what else the machine does hits both.
 //! With 8 requests at once mistral.rs is measured twice: with prompts of one length, which it decodes
 //! as one batch (and, on a CPU, wrongly: see the `mistral` module), and with prompts of different
 //! lengths, which it decodes in turns.
@@ -25,8 +25,8 @@ use mistralrs::{
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-const REPETITIONS: usize = 7;
-const TOKENS: u32 = 64;
+const REPETITIONS: usize = 5;
+const TOKENS: u32 = 48;
 const MANY: usize = 8;
 const PROMPT: &str = "Write a long story about a lighthouse keeper and the sea.";
 
@@ -36,10 +36,13 @@ async fn main() {
     let command = args.next().unwrap_or_else(|| "overhead".to_owned());
     let path = args.next().map(PathBuf::from);
     match command.as_str() {
-        "overhead" => overhead(path.unwrap_or_else(default_language_model)).await,
+        "overhead" => {
+            let repetitions = args.next().map_or(REPETITIONS, |text| text.parse().unwrap());
+            overhead(path.unwrap_or_else(default_language_model), repetitions).await;
+        }
         "quantisations" => quantisations(path.unwrap_or_else(testing::models_dir)).await,
         _ => {
-            eprintln!("usage: engine_bench overhead [MODEL] | quantisations [DIR]");
+            eprintln!("usage: engine_bench overhead [MODEL] [N] | quantisations [DIR]");
             std::process::exit(2);
         }
     }
@@ -67,7 +70,7 @@ async fn open_direct(path: &std::path::Path) -> Model {
 }
 
 fn prompt(index: usize, same_length: bool) -> String {
-    if same_length { format!("{PROMPT} Number {index}.") } else { format!("{PROMPT}{}", " And then?".repeat(index)) }
+    if same_length { format!("{PROMPT} Number {index}.") } else { format!("{PROMPT}{}", " And?".repeat(index)) }
 }
 
 /// Tokens per second of `requests` at once through the engine.
@@ -121,15 +124,27 @@ async fn directly(model: &Model, requests: usize, same: bool, sampling: Sampling
     f64::from(tokens) / started.elapsed().as_secs_f64()
 }
 
+/// Processor time of this process so far, in ticks of the system's clock.
+fn processor_ticks() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    // Fields 14 and 15, user and system time; the name is field 2.
+    after_name.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum()
+}
+
 /// Median, least and most.
 fn spread(mut values: Vec<f64>) -> (f64, f64, f64) {
     values.sort_by(f64::total_cmp);
     (values[values.len() / 2], values[0], values[values.len() - 1])
 }
 
-async fn overhead(path: PathBuf) {
+async fn overhead(path: PathBuf, repetitions: usize) {
     let (engine, model) = (open(&path).await, open_direct(&path).await);
-    println!("{} ({} repetitions, {TOKENS} tokens)", path.display(), REPETITIONS);
+    println!(
+        "{} ({repetitions} repetitions, {TOKENS} tokens; 1 request: {} repetitions)",
+        path.display(),
+        3 * repetitions
+    );
     let sampled = Sampling { seed: 1, temperature: 0.8, top_p: 0.95, top_k: 0 };
     let cases = [
         ("1 request, greedy", 1, true, Sampling::greedy(), 0.97),
@@ -141,14 +156,21 @@ async fn overhead(path: PathBuf) {
         through_engine(&engine, 1, true, sampling).await;
         directly(&model, 1, true, sampling).await;
         let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-        for repetition in 0..REPETITIONS {
-            let (one, other) = if repetition % 2 == 0 {
-                let one = through_engine(&engine, requests, same, sampling).await;
-                (one, directly(&model, requests, same, sampling).await)
-            } else {
-                let other = directly(&model, requests, same, sampling).await;
-                (through_engine(&engine, requests, same, sampling).await, other)
-            };
+        let (mut our_ticks, mut their_ticks) = (0.0, 0.0);
+        let repetitions = if requests == 1 { 3 * repetitions } else { repetitions };
+        for repetition in 0..repetitions {
+            let mut one = 0.0;
+            let mut other = 0.0;
+            for ours_now in [repetition % 2 == 0, repetition % 2 != 0] {
+                let before = processor_ticks();
+                if ours_now {
+                    one = through_engine(&engine, requests, same, sampling).await;
+                    our_ticks += processor_ticks() - before;
+                } else {
+                    other = directly(&model, requests, same, sampling).await;
+                    their_ticks += processor_ticks() - before;
+                }
+            }
             ours.push(one);
             theirs.push(other);
             ratios.push(one / other);
@@ -156,8 +178,17 @@ async fn overhead(path: PathBuf) {
         let (ours, theirs, ratio) = (spread(ours), spread(theirs), spread(ratios));
         println!(
             "{name:<37} engine {:6.1} [{:.1} {:.1}]  direct {:6.1} [{:.1} {:.1}] tokens/s  \
-             ratio {:.3} [{:.3} {:.3}]  target {target}",
-            ours.0, ours.1, ours.2, theirs.0, theirs.1, theirs.2, ratio.0, ratio.1, ratio.2
+             ratio {:.3} [{:.3} {:.3}]  target {target}  processor time {:.3}",
+            ours.0,
+            ours.1,
+            ours.2,
+            theirs.0,
+            theirs.1,
+            theirs.2,
+            ratio.0,
+            ratio.1,
+            ratio.2,
+            our_ticks / their_ticks
         );
     }
 }

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     Calibration, EngineError, MistralEngine,
     hook::Choice,
-    mistral::{Ran, Run},
+    run::{Ran, Run},
     supervisor::Live,
 };
 

@@ -145,7 +145,7 @@ fn check_tensors(
         let Some(&(_, kind, block, block_bytes)) = TENSOR_TYPES.iter().find(|t| t.0 == kind) else {
             return Err(format!("tensor {name:?} has the unknown type {kind}"));
         };
-        if elements == 0 || elements % block != 0 {
+        if elements == 0 || !elements.is_multiple_of(block) {
             return Err(format!("tensor {name:?} has {elements} weights, not blocks of {block}"));
         }
         let end = (elements / block).checked_mul(block_bytes).and_then(|b| b.checked_add(offset));

@@ -146,8 +146,8 @@ fn check_memory(weights: u64, available: Option<u64>) -> Result<(), EngineError>
         Some(available) if needed > available as f64 && !cfg!(any(feature = "cuda", feature = "metal")) => {
             Err(EngineError::OutOfMemory {
                 detail: format!(
-                    "the weights need about {} MB, {} MB are available",
-                    needed as u64 / 1_000_000,
+                    "the weights need about {:.0} MB, {} MB are available",
+                    needed / 1e6,
                     available / 1_000_000
                 ),
             })

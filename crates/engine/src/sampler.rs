@@ -11,6 +11,8 @@ use crate::Sampling;
 
 /// Tokens per block whose maxima bound the k-th largest weight.
 const BLOCK_TOKENS: usize = 64;
+/// Logits compared at once.
+const LANES: usize = 16;
 /// Key of the counter-based generator; a new way of drawing needs a new context.
 const DRAW_CONTEXT: &str = "chorus 2026 engine: uniform draw by seed, position and attempt, v1";
 
@@ -33,16 +35,30 @@ pub(crate) fn uniform(seed: u64, position: u32, attempt: u32) -> f64 {
 /// Returns the index of the largest logit, the last one among equals, as mistral.rs's own argmax
 /// does; `None` if a logit is not a number or none is finite.
 pub(crate) fn argmax(logits: &[f32]) -> Option<usize> {
-    let mut best: Option<(usize, f32)> = None;
-    for (index, &logit) in logits.iter().enumerate() {
-        if logit.is_nan() || logit == f32::INFINITY {
+    // Blocks of plain folds, which the compiler turns into vector instructions: this runs over the
+    // whole vocabulary for every token.
+    let mut max = f32::NEG_INFINITY;
+    for block in logits.chunks(BLOCK_TOKENS) {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let mut sane = true;
+        let mut chunks = block.chunks_exact(LANES);
+        for chunk in &mut chunks {
+            for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+                *lane = if logit > *lane { logit } else { *lane };
+                sane &= logit < f32::INFINITY;
+            }
+        }
+        for &logit in chunks.remainder() {
+            lanes[0] = lanes[0].max(logit);
+            sane &= logit < f32::INFINITY;
+        }
+        // Not smaller than infinity: infinity itself, or not a number.
+        if !sane {
             return None;
         }
-        if logit > f32::NEG_INFINITY && best.is_none_or(|(_, value)| logit >= value) {
-            best = Some((index, logit));
-        }
+        max = lanes.into_iter().fold(max, f32::max);
     }
-    best.map(|(index, _)| index)
+    if max == f32::NEG_INFINITY { None } else { logits.iter().rposition(|&logit| logit == max) }
 }
 
 /// Unnormalised probabilities of every token.
@@ -90,6 +106,7 @@ impl<'a> Weights<'a> {
         let top_p = f64::from(sampling.top_p).max(0.0);
         // Tokens below (1 - p)/n of the mass hold less than 1 - p together, so they are never in the
         // nucleus. With top-k the nucleus is taken of less mass, and only top-k's own bound holds.
+        #[allow(clippy::cast_possible_truncation, reason = "a bound; rounding it is allowed for by whoever uses it")]
         let floor = if top_k < self.weights.len() {
             self.kth_largest_bound(top_k)
         } else {
@@ -142,6 +159,7 @@ fn pick(tokens: impl Iterator<Item = (usize, f32)>, target: f64) -> usize {
 
 /// Returns `e^x` for `x <= 0` within 3e-6 of its value: `2^n` by the exponent's bits times a
 /// polynomial for `2^f`, `|f| <= 1/2`. Below -87 it is 0.
+#[allow(clippy::excessive_precision, reason = "the published coefficients, digit by digit")]
 fn exp_nonpositive(x: f32) -> f32 {
     /// Adding and subtracting it rounds to the nearest whole number.
     const ROUND: f32 = 12_582_912.0;
@@ -268,5 +286,15 @@ mod tests {
         assert_eq!(argmax(&[1.0, f32::INFINITY]), None);
         assert_eq!(argmax(&[f32::NEG_INFINITY; 3]), None);
         assert_eq!(argmax(&[]), None);
+        for len in [1, 15, 16, 63, 64, 65, 200, 777] {
+            let logits = random_logits(len, len as u64);
+            let plain = (0..len).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
+            assert_eq!(argmax(&logits), plain, "{len}");
+            for at in 0..len {
+                let mut broken = logits.clone();
+                broken[at] = f32::NAN;
+                assert_eq!(argmax(&broken), None, "{at} of {len}");
+            }
+        }
     }
 }

@@ -12,6 +12,7 @@ use crate::Chunk;
 pub(crate) struct Answer {
     text: String,
     stops: Vec<String>,
+    pieces: usize,
     /// Where the last piece began.
     last_piece: usize,
     /// Where the text ends because a stop text begins there, and where that one ends.
@@ -26,6 +27,7 @@ impl Answer {
         Self {
             text: String::new(),
             stops: stops.into_iter().filter(|stop| !stop.is_empty()).collect(),
+            pieces: 0,
             last_piece: 0,
             stopped: None,
             sent: 0,
@@ -35,6 +37,7 @@ impl Answer {
 
     /// Appends a piece, which may be empty.
     pub(crate) fn push(&mut self, piece: &str) {
+        self.pieces += 1;
         self.last_piece = self.text.len();
         self.text.push_str(piece);
         if self.stopped.is_some() {
@@ -51,6 +54,11 @@ impl Answer {
             .filter_map(|stop| tail.find(stop.as_str()).map(|at| (at, at + stop.len())))
             .min_by_key(|&(_, end)| end)
             .map(|(begin, end)| (from + begin, from + end));
+    }
+
+    /// Returns how many pieces there were.
+    pub(crate) fn pieces(&self) -> usize {
+        self.pieces
     }
 
     /// Tells whether a stop text was reached.

@@ -246,7 +246,7 @@ impl Tensors {
     fn finish(self) -> Vec<u8> {
         let mut header = Value::Object(self.header).to_string();
         // The data begins at a multiple of 8 bytes.
-        while header.len() % 8 != 0 {
+        while !header.len().is_multiple_of(8) {
             header.push(' ');
         }
         let mut file = (header.len() as u64).to_le_bytes().to_vec();

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use chorus_protocol::entry::{Entry, Equivocation};
 use chorus_protocol::{NodeId, Verified};
 
-use crate::ledger::LedgerEvent;
+use crate::io::LedgerEvent;
 
 /// Where an entry stands on disk: its author and its number. No author has two entries of one number there.
 pub type EntryKey = (NodeId, u64);

@@ -35,6 +35,7 @@
 mod author;
 mod config;
 mod delta;
+mod io;
 mod item_set;
 mod ledger;
 mod own;
@@ -48,6 +49,7 @@ mod tests;
 
 pub use config::{ConfigError, LedgerConfig};
 pub use delta::{EntryKey, MarkUpdate};
-pub use ledger::{Ledger, LedgerEffect, LedgerEvent, LedgerInput, PersistBatch, Stats};
+pub use io::{LedgerEffect, LedgerEvent, LedgerInput, PersistBatch, Stats};
+pub use ledger::Ledger;
 pub use refusal::{Acceptance, AppendError, Misconduct, Refusal};
 pub use rules::receipt_work;

@@ -19,8 +19,8 @@ use chorus_protocol::{Admitted, Hash, NetworkId, NodeId, Verified, WallTime};
 use crate::author::{Author, Clash, Floor, Mark, Past, is_standing};
 use crate::config::LedgerConfig;
 use crate::delta::Delta;
+use crate::io::LedgerEvent;
 use crate::item_set::ItemSet;
-use crate::ledger::LedgerEvent;
 use crate::refusal::Refusal;
 
 /// In the expiry index, the number that stands for an author's floor. No entry has it.

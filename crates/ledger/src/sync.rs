@@ -23,7 +23,8 @@ use chorus_protocol::limits::{ENVELOPE_OVERHEAD_BYTES, MAX_SYNC_BATCH_BYTES, MAX
 use chorus_protocol::sync::SyncMessage;
 use chorus_protocol::{Hash, List, NodeId, Received};
 
-use crate::ledger::{Inbound, Ledger, LedgerEffect, LedgerEvent};
+use crate::io::{LedgerEffect, LedgerEvent};
+use crate::ledger::{Inbound, Ledger};
 use crate::refusal::{Misconduct, Refusal};
 use crate::state::Slot;
 

@@ -139,7 +139,7 @@ impl Screen {
         let id = node.as_str().unwrap_or("?");
         let tail = id.strip_prefix("did:key:z6Mk").unwrap_or(id);
         let short = tail.get(..8).unwrap_or(tail);
-        self.names.get(id).map_or_else(|| short.to_owned(), Clone::clone)
+        self.names.get(id).map_or_else(|| short.to_owned(), |name| one_line(name))
     }
 
     fn line(&self, event: &Value, place: &str, text: &str) {
@@ -195,8 +195,11 @@ impl Screen {
     fn planned(&self, event: &Value) -> Option<Outcome> {
         self.line(event, &place(event), &format!("plan of {}:", self.name(&event["planner"])));
         for (index, step) in event["steps"].as_array().into_iter().flatten().enumerate() {
-            let task = step["task"].as_str().or_else(|| step["subtask"].as_str()).unwrap_or_default();
-            self.line(event, "", &format!("  {}. {}", index + 1, one_line(task)));
+            self.line(
+                event,
+                "",
+                &format!("  {}. {} ({})", index + 1, one_line(plain(&step["ask"])), plain(&step["skill"])),
+            );
         }
         None
     }
@@ -249,8 +252,9 @@ fn failure(error: &Value) -> String {
     error["message"].as_str().or_else(|| error.as_str()).map_or_else(|| error.to_string(), str::to_owned)
 }
 
+/// One line of what a model or a peer wrote: cut, and without anything that moves a terminal's cursor.
 fn one_line(text: &str) -> String {
-    let flat = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let flat = text.split_whitespace().collect::<Vec<_>>().join(" ").replace(char::is_control, "?");
     match flat.char_indices().nth(100) {
         Some((end, _)) => format!("{}…", &flat[..end]),
         None => flat,
@@ -265,7 +269,8 @@ fn print_answer(screen: &Screen, result: &Value, args: &AskArgs) {
     if !args.quiet {
         eprintln!();
     }
-    println!("{}", plain(&result["answer"]));
+    let visible = |c: char| if c.is_control() && c != '\n' { '?' } else { c };
+    println!("{}", plain(&result["answer"]).chars().map(visible).collect::<String>());
     if args.quiet {
         return;
     }
@@ -305,10 +310,11 @@ fn chain_line(screen: &Screen, chain: &Value) -> String {
     };
     let end = match chain["answer"].as_str() {
         Some(answer) => format!("answers {} (weight {:.3})", one_line(answer), number(&chain["weight"])),
-        None => format!("failed: {}", chain["error"].as_str().unwrap_or("no answer")),
+        None => format!("no answer: {}", chain["error"].as_str().unwrap_or("it is not known why")),
     };
     let number = chain["chain"].as_u64().unwrap_or(0) + 1;
-    format!("chain {number}    {planner}done by {}; {end}", steps.join(", "))
+    let done = if steps.is_empty() { String::new() } else { format!("done by {}; ", steps.join(", ")) };
+    format!("chain {number}    {planner}{done}{end}")
 }
 
 #[cfg(test)]

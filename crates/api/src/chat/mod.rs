@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 
 use crate::app::{App, read_body};
 use crate::backend::ModelKind;
-use crate::error::{BackendError, Fault};
+use crate::error::Fault;
 use crate::fields;
 use crate::models;
 
@@ -105,8 +105,7 @@ fn check_model(app: &App, model: &str) -> Result<(), Fault> {
         let message = format!("'{model}' embeds texts and does not chat; send it to /v1/embeddings");
         return Err(Fault::field("model", "invalid_value", message));
     }
-    let available = models::names(&cards, ModelKind::Chat);
-    Err(BackendError::ModelNotFound { model: model.chars().take(80).collect(), available }.into())
+    Err(models::not_found(app, &cards, model, ModelKind::Chat).into())
 }
 
 /// Returns a seed for a request that gave none.

@@ -180,7 +180,7 @@ fn stops(fields: &Fields<'_>) -> Result<Vec<String>, Fault> {
         Some(other) => return Err(wrong_type("stop", "a string or an array of strings", other)),
     };
     let sound = |stop: &&str| !stop.is_empty() && stop.len() <= MAX_STOP_BYTES;
-    if stops.len() > MAX_STOPS || !stops.iter().all(|stop| sound(stop)) {
+    if stops.len() > MAX_STOPS || !stops.iter().all(sound) {
         let message = format!("'stop' takes up to {MAX_STOPS} texts of 1 to {MAX_STOP_BYTES} bytes; shorten it");
         return Err(Fault::field("stop", "invalid_value", message));
     }

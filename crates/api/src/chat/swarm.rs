@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use chorus_core::{Strategy, TaskAnswer, TaskEventKind, TaskSpec};
+use chorus_core::{AnswerFormat, Strategy, TaskAnswer, TaskEventKind, TaskSpec};
 use chorus_protocol::job::Turn;
 use chorus_protocol::{TaskId, Text};
 use futures::StreamExt;
@@ -47,6 +47,10 @@ impl Ask {
         spec.question = question.to_owned();
         spec.context = before.iter().enumerate().map(|(at, turn)| bounded(at, turn)).collect::<Result<_, _>>()?;
         chat.sampling.apply(&mut spec, fresh_seed(app));
+        if spec.strategy == Strategy::Direct {
+            // A chat wants what was said, and there is no vote to take an answer out of it for.
+            spec.format = AnswerFormat::Prose;
+        }
         // Text is also needed to see where a stop stands, in answers that are read as they are made.
         let follow = spec.strategy == Strategy::Direct && (chat.stream || !chat.stop.is_empty());
         spec.stream = follow;
@@ -91,7 +95,8 @@ pub(crate) async fn run(app: App, ask: Ask, out: mpsc::Sender<Piece>, _permit: O
         last = follower.follow(&app, events, &out) => last,
     };
     let ended = app.backend.tasks().outcome(task).is_some();
-    if !ended && !(last.is_none() && background) {
+    let goes_on = last.is_none() && background;
+    if !(ended || goes_on) {
         cancel_task(&app, task).await;
     }
     if let Some(last) = last {

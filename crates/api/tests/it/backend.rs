@@ -1,5 +1,6 @@
 //! A small backend. What is under test is the HTTP layer above it, so it answers by rote: nothing here is a model or a swarm.
 
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -26,7 +27,7 @@ pub const SLOW: Duration = Duration::from_millis(20);
 /// and `differ` lose their executor in the middle, and everything else is answered with [`WORDS`].
 #[derive(Default)]
 pub struct Rote {
-    pub tasks: TaskLog,
+    pub tasks: Arc<TaskLog>,
     ids: AtomicU64,
     pub requests: Mutex<Vec<LocalRequest>>,
     pub specs: Mutex<Vec<TaskSpec>>,
@@ -56,19 +57,33 @@ fn card(name: &str, kind: ModelKind) -> ModelCard {
     }
 }
 
+/// A handle on [`Rote`], which a test keeps too.
+pub struct Face(pub Arc<Rote>);
+
+impl Deref for Face {
+    type Target = Arc<Rote>;
+
+    fn deref(&self) -> &Arc<Rote> {
+        &self.0
+    }
+}
+
 #[async_trait]
-impl Backend for Arc<Rote> {
+impl Backend for Face {
     fn draw_id(&self) -> [u8; 16] {
         let mut id = [0; 16];
         id[..8].copy_from_slice(&(1 + self.ids.fetch_add(1, Ordering::SeqCst)).to_be_bytes());
         id
     }
 
-    fn tasks(&self) -> &TaskLog {
-        &self.tasks
+    fn tasks(&self) -> &Arc<TaskLog> {
+        &self.0.tasks
     }
 
     fn models(&self) -> Vec<ModelCard> {
+        if self.starting.load(Ordering::SeqCst) {
+            return Vec::new();
+        }
         let mut cards = vec![card("tiny/model", ModelKind::Chat)];
         if !self.no_embedder.load(Ordering::SeqCst) {
             cards.push(card("mini", ModelKind::Embedding));
@@ -157,7 +172,7 @@ impl Backend for Arc<Rote> {
         let cancel = CancellationToken::new();
         self.running.lock().unwrap().push((spec.task, cancel.clone()));
         self.specs.lock().unwrap().push(spec.clone());
-        tokio::spawn(run(Arc::clone(self), spec, cancel));
+        tokio::spawn(run(Arc::clone(&self.0), spec, cancel));
         Ok(())
     }
 
@@ -200,12 +215,12 @@ async fn run(rote: Arc<Rote>, spec: TaskSpec, cancel: CancellationToken) {
             play.text(1, WORDS[0]);
             play.text(1, WORDS[1]);
             play.push(lose(1));
-            WORDS.map(|word| play.text(2, word));
+            WORDS.iter().for_each(|word| play.text(2, word));
         }
         "differ" => {
             play.text(1, "Hm, ");
             play.push(lose(1));
-            WORDS.map(|word| play.text(2, word));
+            WORDS.iter().for_each(|word| play.text(2, word));
         }
         _ => {
             for word in WORDS {

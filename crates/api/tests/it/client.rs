@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::backend::Rote;
+use crate::backend::{Face, Rote};
 
 /// How long anything may take before a test fails.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -41,7 +41,7 @@ pub async fn start() -> Api {
 pub async fn start_with(cfg: ApiConfig) -> Api {
     let rote = Arc::new(Rote::default());
     let shutdown = CancellationToken::new();
-    let bound = serve(cfg, Arc::new(Arc::clone(&rote)), shutdown.clone()).await.unwrap();
+    let bound = serve(cfg, Arc::new(Face(Arc::clone(&rote))), shutdown.clone()).await.unwrap();
     let base = format!("http://{}", bound.local_addr());
     let http = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
     Api { rote, http, base, shutdown, bound: Some(bound) }

@@ -53,6 +53,12 @@ async fn health_says_what_is_waited_for() {
     assert_eq!(api.get("/healthz").await, (200, json!({ "status": "ok", "waiting_for": [] })));
     api.rote.starting.store(true, Ordering::SeqCst);
     assert_eq!(api.get("/healthz").await, (503, json!({ "status": "starting", "waiting_for": ["the model"] })));
+    // A model that is not there yet is no unknown model.
+    let chat = json!({ "model": "tiny/model", "messages": [{ "role": "user", "content": "Hello" }] });
+    assert_error(&api.post("/v1/chat/completions", &chat).await, 503, "starting");
+    assert_error(&api.post("/v1/embeddings", &json!({ "model": "mini", "input": "a" })).await, 503, "starting");
+    api.rote.starting.store(false, Ordering::SeqCst);
+    assert_eq!(api.post("/v1/chat/completions", &chat).await.0, 200);
 }
 
 #[tokio::test]

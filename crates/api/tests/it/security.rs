@@ -1,11 +1,13 @@
 //! Who is let in.
 
+use std::sync::Arc;
+
 use chorus_api::{ApiConfig, ApiError, serve};
 use reqwest::Method;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use crate::backend::Rote;
+use crate::backend::{Face, Rote};
 use crate::client::{assert_error, config, json, start, start_with};
 
 const TOKEN: &str = "0123456789abcdef";
@@ -90,7 +92,7 @@ async fn pages_of_other_sites_are_refused() {
 
 #[tokio::test]
 async fn an_unsafe_configuration_does_not_start() {
-    let start = |cfg| serve(cfg, std::sync::Arc::new(std::sync::Arc::new(Rote::default())), CancellationToken::new());
+    let start = |cfg| serve(cfg, Arc::new(Face(Arc::new(Rote::default()))), CancellationToken::new());
     let error = start(ApiConfig::new("0.0.0.0:0".parse().unwrap())).await.unwrap_err();
     assert!(matches!(error, ApiError::TokenRequired { .. }), "{error}");
     let running = crate::client::start().await;

@@ -10,7 +10,7 @@ use chorus_protocol::message::Direct;
 use chorus_protocol::{JobId, NodeId, Verified};
 
 use super::state::{Held, Job, MAX_STRIKES};
-use super::{Requester, RequesterEffect, event};
+use super::{Requester, RequesterEffect, event, release};
 use crate::job::{JobError, JobEventKind};
 use crate::select::{Candidate, reward};
 
@@ -137,6 +137,7 @@ impl Requester {
         reserved: bool,
         out: &mut Outbox<RequesterEffect>,
     ) {
+        self.dissolve(id, candidate.node, out);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let hedge = self.leases.contains_key(&id);
         let lease_id = if hedge { job.hedge } else { id };
@@ -175,6 +176,15 @@ impl Requester {
         };
         self.leases.insert(lease_id, held);
         self.reschedule(id);
+    }
+
+    /// Ends an election that is still open when its job gets a lease otherwise, from the bench: what it would bring is no longer
+    /// needed, and must not become a third lease.
+    fn dissolve(&mut self, id: JobId, winner: NodeId, out: &mut Outbox<RequesterEffect>) {
+        let Some(election) = self.jobs.get_mut(&id).and_then(|job| job.election.take()) else { return };
+        for bidder in election.bids.iter().filter(|bidder| bidder.node != winner) {
+            release(bidder.node, election.beacon, out);
+        }
     }
 
     /// Returns the valid lease under which a message came, or tells its sender that it has none.

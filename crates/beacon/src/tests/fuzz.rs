@@ -29,7 +29,7 @@ fn rules() -> impl Strategy<Value = SelectionRule> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     /// Every job ends exactly once, by its deadline, and every slot is free again, whatever the network and the nodes do. The
     /// harness checks slots, and the audit leases and tokens, after every step.

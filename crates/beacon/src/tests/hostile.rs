@@ -320,7 +320,8 @@ proptest! {
         siege.pass(60 * SECOND);
         prop_assert_eq!(siege.ended, 3);
         prop_assert_eq!(siege.requester.deadline(), None);
-        siege.pass(Duration::from_secs(25 * 3_600));
+        // Runs of forged but well-signed leases may last for a day; leaving frees their slots at once.
+        siege.executor(ExecutorInput::Drain);
         prop_assert_eq!(siege.executor.free(), 2);
     }
 }
@@ -337,4 +338,39 @@ fn a_flawless_result_is_taken_and_each_flaw_is_not() {
         siege.deliver(step(Recipe::Outcome { flaw, failure: None }));
         assert_eq!(siege.accepted, usize::from(flaw == 0), "flaw {flaw}");
     }
+}
+
+/// An election that was opened for a rival must not outlive the lease that made it needless.
+#[test]
+fn a_bench_an_open_election_and_a_lost_lease_never_make_three_leases() {
+    let mut siege = Siege::new(1);
+    siege.requester(RequesterInput::Capability { node: id(6), capability: Some(shared(2)) });
+    let bid = |siege: &mut Siege, node: u8, beacon: usize| {
+        let back = siege.beacons.len() - 1 - beacon;
+        let recipe = Recipe::Bid { signer: node, to: 1, numbers: (1_000, 0, 2, 5, 1_000) };
+        siege.deliver(Step { holder: false, node, back, recipe, wait_ms: 0 });
+    };
+    let answer = |siege: &mut Siege, recipe| {
+        siege.deliver(Step { holder: true, node: 2, back: 0, recipe, wait_ms: 0 });
+    };
+    // The third job's beacon is number 2, its call for a rival number 3.
+    bid(&mut siege, 2, 2);
+    siege.pass(Duration::from_millis(200));
+    answer(&mut siege, Recipe::Accept);
+    siege.pass(Duration::from_millis(1_400));
+    assert_eq!((siege.granted.len(), siege.beacons.len()), (1, 4), "it is overdue, and a rival is sought");
+    // A late bid to the first beacon fills the bench; then the lease is lost.
+    bid(&mut siege, 3, 2);
+    answer(&mut siege, Recipe::Refuse { failure: Failure::Engine(Text::default()), withdraw: false });
+    assert_eq!(siege.granted.len(), 2, "the bench steps in");
+    answer(&mut siege, Recipe::Accept);
+    // The next one is overdue too, and gets its rival from the bench; then somebody answers the old call for a rival.
+    bid(&mut siege, 1, 2);
+    siege.pass(Duration::from_millis(1_500));
+    assert_eq!(siege.granted.len(), 3);
+    bid(&mut siege, 6, 3);
+    siege.pass(Duration::from_millis(300));
+    let job = JobId::from_bytes([3; 16]);
+    let leases: Vec<LeaseView> = siege.requester.leases().filter(|lease| lease.job == job).collect();
+    assert_eq!((leases.len(), siege.granted.len()), (2, 3));
 }

@@ -37,7 +37,7 @@ async fn the_model_is_described() {
 async fn a_stop_text_ends_the_answer_and_is_not_in_it() {
     let tiny = Tiny::open().await;
     let whole = tiny.generate(sampled("hello", 60, 3)).await.unwrap();
-    for (from, len) in [(20, 1), (20, 3), (30, 6)] {
+    for (from, len) in [(0, 1), (20, 1), (20, 3), (30, 6)] {
         let stop = whole.text[from..from + len].to_owned();
         let request = GenerateRequest { stop: vec![stop.clone()], ..sampled("hello", 60, 3) };
         let (answer, pieces) = stream(&tiny.engine, request).await;

@@ -192,3 +192,18 @@ fn two_nodes_that_use_one_number_are_found_out() {
     net.append(0, 2, capability("three", 0));
     assert!(matches!(net.nodes[0].failed.last(), Some((2, AppendError::Refused(Refusal::Quarantined(_))))));
 }
+
+#[test]
+fn the_last_number_outlives_its_entry_and_a_clock_that_is_set_back() {
+    let cfg = LedgerConfig { receipt_life: Duration::from_secs(1), ..LedgerConfig::default() };
+    let mut net = Net::with(&[1], cfg.clone());
+    net.append(0, 1, receipt(1, 2, 1));
+    let (_, last) = net.nodes[0].appended[0];
+    net.run(Duration::from_secs(5));
+    assert!(net.ledger(0).is_empty() && net.nodes[0].disk.entries.is_empty());
+    net.wall -= HOUR;
+    net.crash(0, cfg);
+    net.append(0, 2, receipt(1, 2, 2));
+    let [first, second] = &net.nodes[0].signed[..] else { panic!() };
+    assert_eq!((second.seq, second.prev), (last + 1, first.hash()));
+}

@@ -223,3 +223,65 @@ fn what_is_refused_is_not_asked_for_again_and_again() {
     net.run(Duration::from_secs(120));
     assert!(net.payload <= crossed + 3 * old.encoded_len() + 300, "{} then {}", crossed, net.payload);
 }
+
+/// Any message, with the session number left open: 0 stands for the one that the node itself began.
+fn hostile_message() -> impl Strategy<Value = (u64, u8, Vec<u8>, Vec<usize>)> {
+    let frame = prop_oneof![
+        proptest::collection::vec(any::<u8>(), 0..60),
+        // The version byte and a range over everything, so that some frames are read to the end.
+        proptest::collection::vec(any::<u8>(), 0..60).prop_map(|tail| [&[0x61, 0, 0][..], &tail].concat()),
+        Just(vec![0x61, 0, 0, 2, 0]),
+    ];
+    (0u64..3, 0u8..6, frame, proptest::collection::vec(0usize..40, 0..40))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(debug_assertions) { 32 } else { 512 }))]
+
+    #[test]
+    fn a_hostile_neighbour_gets_no_panic_no_false_entry_and_no_endless_work(
+        messages in proptest::collection::vec(hostile_message(), 1..40)
+    ) {
+        let good = chain(1, 20);
+        let other: NetworkId = "other".parse().unwrap();
+        let forged = Entry { seq: 1, prev: Hash::ZERO, wall_time: wall(START), expires: wall(START + HOUR), body: Body::Retire };
+        let forged = Verified::sign(&key(2), &other, forged).unwrap();
+        let mut net = Net::new(&[100]);
+        net.fill(0, chain(3, 40));
+        let from = id(5);
+        net.input(0, LedgerInput::PeerUp(from));
+        for (session, kind, frame, picks) in messages {
+            let own = net.queue.iter().rev().find_map(|(_, _, message)| match message {
+                Direct::Sync(SyncMessage::Open { session, .. }) => Some(*session),
+                _ => None,
+            });
+            let session = if session == 0 { own.unwrap_or(7) } else { session };
+            let frame = List::new(frame).unwrap();
+            let message = match kind {
+                0 => SyncMessage::Open { session, digest: Hash::ZERO, frame },
+                1 => SyncMessage::Same { session },
+                2 => SyncMessage::Reply { session, frame },
+                3 => SyncMessage::Want { session, ids: List::truncated(picks.iter().map(|n| chain(3, 40)[*n].hash())) },
+                4 => {
+                    let entries = picks.iter().map(|n| good.get(*n).unwrap_or(&forged).to_wire());
+                    let pair = Equivocation { first: good[0].to_wire(), second: good[1].to_wire() };
+                    let proofs = if picks.len() > 35 { vec![pair] } else { Vec::new() };
+                    SyncMessage::Items { session, entries: List::truncated(entries), proofs: List::truncated(proofs) }
+                }
+                _ => SyncMessage::Abort { session },
+            };
+            net.input(0, LedgerInput::Sync { from, message });
+            net.pass(Duration::from_millis(300));
+            // What is due is done in a bounded number of steps.
+            for _ in 0..1_000 {
+                if net.ledger(0).deadline().is_none_or(|at| at > net.now) {
+                    break;
+                }
+                net.call(0, |ledger, cx, out| ledger.expire(cx, out));
+            }
+            prop_assert!(net.ledger(0).deadline().is_none_or(|at| at > net.now));
+        }
+        prop_assert!(net.ledger(0).get(&forged.hash()).is_none() && net.ledger(0).quarantined().count() == 0);
+        prop_assert!((40..=60).contains(&net.ledger(0).len()));
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{TcpListener, UdpSocket};
+use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::time::{Duration, Instant};
 
 use libp2p::autonat::v1::{Event as Autonat, NatStatus};
@@ -145,6 +145,7 @@ impl Actor {
             self.add_external(&addr);
         }
         self.keeper.tell();
+        self.on_door_open(Instant::now());
         self.emit(NetEvent::Listening(addr));
     }
 
@@ -153,6 +154,14 @@ impl Actor {
         let addr = addr.without_node();
         if let Some(open) = self.keeper.listening.get_mut(&id) {
             open.retain(|own| *own != addr);
+        }
+        if let Some(lost) = addr.ip().filter(|ip| !ip.is_loopback()) {
+            let others = self.keeper.listening();
+            let same_family = |ip: IpAddr| !ip.is_loopback() && ip.is_ipv4() == lost.is_ipv4();
+            if !others.iter().any(|other| other.ip() == Some(lost)) {
+                let only = !others.iter().filter_map(Addr::ip).any(same_family);
+                self.on_local_address_lost(lost, only);
+            }
         }
         self.keeper.tell();
         self.emit(NetEvent::ListenLost { addr, reason: "the network interface lost this address".to_owned() });

@@ -46,6 +46,8 @@ const TICK: Duration = Duration::from_millis(250);
 const SWEEP_TICKS: u64 = 40;
 /// Peers whose rates are remembered after they left, so that coming back does not fill their buckets.
 const MAX_METERS: usize = 4096;
+/// Listeners that say nothing for so long have said where they listen.
+const SILENCE: Duration = Duration::from_millis(10);
 /// For so long peers are given the chance to hear that this node leaves.
 const FAREWELL: Duration = Duration::from_millis(300);
 
@@ -140,14 +142,15 @@ impl Actor {
         }
     }
 
-    /// Drives the swarm until every listener has an address, or gives up waiting for slow ones.
+    /// Drives the swarm until every listener has its addresses, or gives up waiting for slow ones. An interface reports its
+    /// addresses one after the other, so the last one is known by the silence after it.
     pub(crate) async fn settle(&mut self, patience: Duration) {
-        let end = tokio::time::sleep(patience);
-        tokio::pin!(end);
-        while self.keeper.is_waiting() {
-            tokio::select! {
-                event = self.swarm.select_next_some() => self.on_swarm(event),
-                () = &mut end => return,
+        let end = tokio::time::Instant::now() + patience;
+        loop {
+            let wait = if self.keeper.is_waiting() { end } else { end.min(tokio::time::Instant::now() + SILENCE) };
+            match tokio::time::timeout_at(wait, self.swarm.select_next_some()).await {
+                Ok(event) => self.on_swarm(event),
+                Err(_) => return,
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Connected peers: from the handshake over `identify` to the last connection's end.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use chorus_protocol::NodeId;
@@ -38,6 +39,8 @@ const MAX_PROTOCOLS: usize = 32;
 #[derive(Debug)]
 pub(crate) struct Conn {
     addr: Option<Addr>,
+    /// This end's address, as far as it is known: of inbound connections.
+    local: Option<IpAddr>,
     relayed: bool,
     outbound: bool,
     opened: Instant,
@@ -116,7 +119,36 @@ fn addr_of(endpoint: &ConnectedPoint, peer: PeerId) -> Option<Addr> {
     Addr::from_multiaddr(addr).ok().map(|addr| addr.without_node())
 }
 
+fn local_of(endpoint: &ConnectedPoint) -> Option<IpAddr> {
+    match endpoint {
+        // A QUIC listener on all addresses does not say which one was used.
+        ConnectedPoint::Listener { local_addr, .. } => {
+            Addr::from_multiaddr(local_addr.clone()).ok()?.ip().filter(|ip| !ip.is_unspecified())
+        }
+        ConnectedPoint::Dialer { .. } => None,
+    }
+}
+
+impl Conn {
+    /// Whether this connection cannot outlive the local address `lost`. (QUIC could move to another address; tried, it did not,
+    /// and idled until its timeout.) Where an outbound connection begins is not known; without any other address (`only`), it
+    /// began there.
+    fn dies_with(&self, lost: IpAddr, only: bool) -> bool {
+        let far = self.addr.as_ref().and_then(Addr::ip).filter(|ip| !ip.is_loopback());
+        far.is_some_and(|far| far.is_ipv4() == lost.is_ipv4()) && self.local.map_or(only, |local| local == lost)
+    }
+}
+
 impl Actor {
+    /// Closes what a vanished address took with it, without waiting until `ping` finds out.
+    pub(super) fn on_local_address_lost(&mut self, lost: IpAddr, only: bool) {
+        let conns = self.peers.values().flat_map(|known| &known.conns);
+        let dead: Vec<ConnectionId> = conns.filter(|(_, conn)| conn.dies_with(lost, only)).map(|(id, _)| *id).collect();
+        for id in dead {
+            self.swarm.close_connection(id);
+        }
+    }
+
     pub(super) fn on_connected(&mut self, peer: PeerId, id: ConnectionId, endpoint: &ConnectedPoint) {
         let now = Instant::now();
         let Some(node) = node_of(&peer) else {
@@ -125,6 +157,7 @@ impl Actor {
         };
         let conn = Conn {
             addr: addr_of(endpoint, peer),
+            local: local_of(endpoint),
             relayed: endpoint.is_relayed(),
             outbound: endpoint.is_dialer(),
             opened: now,

@@ -131,6 +131,13 @@ impl Actor {
         }
     }
 
+    /// A new address may lead where the old one did not: a node without peers tries again at once.
+    pub(super) fn on_door_open(&mut self, now: Instant) {
+        if self.seeker.alone_since.is_some() {
+            self.seeker.next_round = now;
+        }
+    }
+
     pub(super) fn on_peer_gone(&mut self, now: Instant) {
         if self.up() == 0 {
             self.seeker.on_alone(now);

@@ -85,7 +85,10 @@ fn harmless_mistakes_are_tidied() {
     let all_the_same = r#"{"steps":[{"ask":"a1"},{"ask":"a1"},{"ask":"a1"}]}"#;
     assert_eq!(asks(&parse(all_the_same).unwrap()), ["a1"]);
     let last_repeats = r#"{"steps":[{"ask":"a1"},{"ask":"b1","needs":[1]},{"ask":"a1","needs":[2]}]}"#;
-    assert!(parse(last_repeats).unwrap().steps().iter().all(|step| !step.needs.contains(&3)), "nobody waits for the answer");
+    assert!(
+        parse(last_repeats).unwrap().steps().iter().all(|step| !step.needs.contains(&3)),
+        "nobody waits for the answer"
+    );
 }
 
 #[test]
