@@ -78,6 +78,8 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
         died = &mut driving => Err(loop_died(died)),
     };
     shutdown.cancel();
+    // The last answers are sent, then the loop says good-bye; neither holds up the end for long.
+    let _ = tokio::time::timeout(GRACE, bound.stopped()).await;
     if !driving.is_finished() {
         let _ = tokio::time::timeout(GRACE, driving).await;
     }

@@ -157,7 +157,12 @@ async fn overhead(path: PathBuf, repetitions: usize) {
         directly(&model, 1, true, sampling).await;
         let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
         let (mut our_ticks, mut their_ticks) = (0.0, 0.0);
-        let repetitions = if requests == 1 { 3 * repetitions } else { repetitions };
+        let repetitions = match (requests, same) {
+            (1, _) => 3 * repetitions,
+            (_, true) => repetitions,
+            // Directly it takes minutes: mistral.rs copies the caches whenever it changes turns.
+            (_, false) => repetitions.min(2),
+        };
         for repetition in 0..repetitions {
             let mut one = 0.0;
             let mut other = 0.0;

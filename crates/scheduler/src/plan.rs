@@ -8,7 +8,7 @@
 //!    result that will never be.
 //! 3. What would change the meaning is an error, worded for the planner, which gets one chance to repair it.
 //! 4. A step that says nothing (`How to do it`) is no mistake of form but a model out of its depth. It is not asked again
-//!    ([`PlanError::is_repairable`]): of three such plans that SmolLM2-135M was told to repair, none became better.
+//!    ([`PlanError::is_repairable`]): of four such plans that SmolLM2-135M was told to repair, none became better.
 //! 5. A plan that was cut off by the token limit keeps its whole steps and gets a last one that answers the question.
 //!
 //! The last step is the answer. It needs whatever no other step uses, or that work would be lost.

@@ -3,7 +3,7 @@
 //! Why they look as they do:
 //!
 //! - One user turn, no system turn: the executor's own system prompt stands before it, and many chat templates take only one.
-//! - No example and no template. SmolLM2-135M copied a template (`{"ask":"<what to do>", …}`) word for word in six plans of six;
+//! - No example and no template. SmolLM2-135M copied a template (`{"ask":"<what to do>", …}`) word for word in seven plans of seven;
 //!   the grammar sees to the shape, and the fields are said in words for engines that have none.
 //! - Short, because a CPU reads a prompt about as slowly as it writes, and because small models follow the last line best. So
 //!   the question stands before the instruction wherever the answer is wanted.

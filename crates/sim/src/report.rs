@@ -346,71 +346,60 @@ fn missed(world: &World, report: &Report) -> Vec<String> {
     missed
 }
 
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let quantiles =
-            |q: &Quantiles| format!("p50 {:.0} ms, p99 {:.0} ms, max {:.0} ms of {}", q.p50, q.p99, q.max, q.count);
+impl Report {
+    /// What was asked and what came of it.
+    fn fmt_work(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { tasks_asked: asked, tasks_answered: answered, tasks_died: died, tasks_failed: failed, .. } = self;
+        let completed = self.completed * 100.0;
         writeln!(
             f,
-            "{} · seed {} · {} nodes ({} adversaries) · {:.1} virtual s",
-            self.scenario, self.seed, self.nodes, self.adversaries, self.virtual_s
+            "  tasks      {asked} asked, {answered} answered, {died} died with their requester, failed {failed:?}"
         )?;
-        writeln!(
-            f,
-            "  tasks      {} asked, {} answered, {} died with their requester, failed {:?}; {:.1} % completed",
-            self.tasks_asked,
-            self.tasks_answered,
-            self.tasks_died,
-            self.tasks_failed,
-            self.completed * 100.0
-        )?;
-        writeln!(f, "  answer     {}", quantiles(&self.task_ms))?;
-        writeln!(f, "  election   {}", quantiles(&self.election_ms))?;
-        writeln!(
-            f,
-            "  leases     {} for {} jobs ({} accepted), {} hedges, {} lost, {:.1} % to adversaries, {} stale results refused",
-            self.leases,
-            self.jobs,
-            self.jobs_accepted,
-            self.hedges,
-            self.leases_lost,
-            self.adversary_leases * 100.0,
-            self.stale_refused
-        )?;
+        writeln!(f, "  completed  {completed:.1} % of the tasks whose requester lived")?;
+        writeln!(f, "  answer     {}", self.task_ms)?;
+        writeln!(f, "  election   {}", self.election_ms)?;
+        let Self { leases, jobs, jobs_accepted, hedges, leases_lost: lost, stale_refused: stale, .. } = self;
+        writeln!(f, "  leases     {leases} for {jobs} jobs ({jobs_accepted} accepted), {hedges} hedges, {lost} lost")?;
+        let share = self.adversary_leases * 100.0;
+        writeln!(f, "             {share:.1} % to adversaries, {stale} stale results refused")
+    }
+
+    /// What it took, and what went wrong.
+    fn fmt_traffic(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let converged = self.converge_ms.map_or("never".to_owned(), |ms| format!("{ms:.0} ms after the last change"));
         writeln!(f, "  ledgers    {} entries, equal {converged}", self.ledger_entries)?;
-        writeln!(f, "  spread     99 % by gossip: {} entries, {}", self.spread_entries, quantiles(&self.spread99_ms))?;
+        writeln!(f, "  spread     99 % by gossip, {} entries: {}", self.spread_entries, self.spread99_ms)?;
+        let (all, most) = (self.bytes_per_node, self.bytes_max);
+        let (gossip, sync, jobs) = (self.gossip_bytes_per_node, self.sync_bytes_per_node, self.job_bytes_per_node);
+        writeln!(f, "  bytes/node {all} (gossip {gossip}, sync {sync}, jobs {jobs}), most {most}")?;
+        let Self {
+            gossip_deliveries: given, gossip_copies: copies, direct_frames: direct, sends_failed: failed, ..
+        } = self;
+        let (ignored, rejected) = (self.gossip_ignored, self.gossip_rejected);
         writeln!(
             f,
-            "  bytes/node {} (gossip {}, sync {}, jobs {}), most {}",
-            self.bytes_per_node,
-            self.gossip_bytes_per_node,
-            self.sync_bytes_per_node,
-            self.job_bytes_per_node,
-            self.bytes_max
+            "  frames     {given} gossip deliveries of {copies} copies ({ignored} ignored, {rejected} rejected)"
         )?;
+        writeln!(f, "             {direct} direct ({failed} failed)")?;
+        let Self { crashes, engine_crashes: engines, attacks, penalties, penalties_honest, appends_failed, .. } = self;
         writeln!(
             f,
-            "  frames     {} gossip deliveries of {} copies ({} ignored, {} rejected), {} direct ({} failed)",
-            self.gossip_deliveries,
-            self.gossip_copies,
-            self.gossip_ignored,
-            self.gossip_rejected,
-            self.direct_frames,
-            self.sends_failed
+            "  trouble    {crashes} crashes, {engines} engine crashes, {attacks} attacks, {appends_failed} appends failed"
         )?;
-        writeln!(
-            f,
-            "  trouble    {} crashes, {} engine crashes, {} attacks, {} penalties ({} between honest nodes), {} appends failed",
-            self.crashes, self.engine_crashes, self.attacks, self.penalties, self.penalties_honest, self.appends_failed
-        )?;
-        writeln!(
-            f,
-            "  trace      {} events, {} turns, {}",
-            self.events,
-            self.turns,
-            &self.trace[..16.min(self.trace.len())]
-        )?;
+        writeln!(f, "             {penalties} penalties for adversaries, {penalties_honest} between honest nodes")
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { scenario, seed, nodes, adversaries, virtual_s, events, turns, .. } = self;
+        writeln!(f, "{scenario} · seed {seed} · {nodes} nodes ({adversaries} adversaries) · {virtual_s:.1} virtual s")?;
+        self.fmt_work(f)?;
+        self.fmt_traffic(f)?;
+        writeln!(f, "  trace      {events} events, {turns} turns, {}", self.trace.get(..16).unwrap_or(&self.trace))?;
+        for caveat in self.caveats {
+            writeln!(f, "  note       {caveat}")?;
+        }
         if let Some(violation) = &self.violation {
             writeln!(f, "  VIOLATION  {violation}\n  again with {}", self.again)?;
         }
@@ -418,6 +407,12 @@ impl fmt::Display for Report {
             writeln!(f, "  MISSED     {missed}\n  again with {}", self.again)?;
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Quantiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "p50 {:.0} ms, p99 {:.0} ms, max {:.0} ms of {}", self.p50, self.p99, self.max, self.count)
     }
 }
 
