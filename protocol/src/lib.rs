@@ -30,6 +30,7 @@ pub mod id;
 pub mod job;
 pub mod key;
 pub mod limits;
+pub mod memo;
 pub mod message;
 pub mod signed;
 pub mod sync;

@@ -17,9 +17,10 @@ use crate::bounded::read_bytes;
 use crate::codec::{self, DecodeError};
 use crate::id::{Hash, NetworkId};
 use crate::key::{NodeId, SecretKey};
+use crate::memo;
 
 /// A record that is signed by its author.
-pub trait Signable: Encode + Decode<()> {
+pub trait Signable: Encode + Decode<()> + 'static {
     /// The record's name in the signing context.
     const KIND: &'static str;
     /// The version of the record's layout; a new layout gets a new number, and so a new context.
@@ -87,11 +88,16 @@ impl<T: Signable> Received<T> {
     /// # Errors
     /// [`VerifyError`] when the signature does not hold or the bytes are no `T`.
     pub fn verify(self, network: &NetworkId) -> Result<Verified<T>, VerifyError> {
+        if let Some(known) = memo::find(&self, network) {
+            return Ok(known);
+        }
         let digest = Hash::derive(&context::<T>(network), &[&self.0.bytes]);
         if !self.0.author.verify(digest.as_bytes(), &self.0.signature) {
             return Err(VerifyError::BadSignature { kind: T::KIND, author: self.0.author });
         }
-        Verified::from_parts(self.0, digest)
+        let verified = Verified::from_parts(self.0, digest)?;
+        memo::keep(&verified, network);
+        Ok(verified)
     }
 
     /// Decodes without checking the signature: only for what this node itself verified before it wrote it to its own disk.
@@ -109,6 +115,10 @@ impl<T> Received<T> {
     #[must_use]
     pub fn claimed_author(&self) -> NodeId {
         self.0.author
+    }
+
+    pub(crate) fn signature(&self) -> &[u8; 64] {
+        &self.0.signature
     }
 
     /// Returns how many bytes were signed.
@@ -224,6 +234,16 @@ impl<T> Verified<T> {
     #[must_use]
     pub fn encoded_len(&self) -> usize {
         self.parts.bytes.len()
+    }
+
+    pub(crate) fn signature(&self) -> &[u8; 64] {
+        &self.parts.signature
+    }
+
+    /// Returns whether this is what became of exactly that envelope.
+    pub(crate) fn is_of(&self, received: &Received<T>) -> bool {
+        let (mine, other) = (&self.parts, &received.0);
+        mine.author == other.author && mine.signature == other.signature && mine.bytes == other.bytes
     }
 
     /// Returns the envelope, to be sent on exactly as it was verified.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use chorus_core::{TaskAnswer, Topic};
 use chorus_machine::Time;
+use chorus_protocol::memo::Tally;
 use serde::Serialize;
 
 use crate::invariant::Violation;
@@ -15,7 +16,7 @@ use crate::world::World;
 pub const CAVEATS: [&str; 3] = [
     "gossip is a model (hop by hop over a random graph, no IHAVE repair); see crates/sim/src/gossip.rs for its parameters",
     "network, disk, embedder and engine are models; ledger, beacon, scheduler and their router are the shipped code",
-    "every frame is encoded, decoded and verified by every node; engine texts mean nothing",
+    "every frame is encoded and decoded; a record that was verified once is not verified again (`chorus_protocol::memo`)",
 ];
 
 /// How one entry spreads.
@@ -31,6 +32,7 @@ struct Spread {
 #[derive(Debug, Default)]
 pub struct Stats {
     pub(crate) looks: u64,
+    pub(crate) records: Tally,
     pub(crate) turns: u64,
     pub(crate) most_effects: u64,
     pub(crate) gossip_copies: u64,
@@ -210,6 +212,10 @@ pub struct Report {
     pub attacks: u64,
     /// Own entries that could not be written.
     pub appends_failed: u64,
+    /// Records whose signature was verified, and how often one of them came again and was recognised.
+    pub records_verified: u64,
+    /// See `records_verified`.
+    pub records_recognised: u64,
     /// The invariant that did not hold.
     pub violation: Option<String>,
     /// Bounds of the scenario that did not hold.
@@ -305,6 +311,8 @@ fn figures(world: &World, events: u64, trace: String) -> Report {
         engine_crashes: stats.engine_crashes,
         attacks: stats.attacks,
         appends_failed: stats.appends_failed,
+        records_verified: stats.records.misses,
+        records_recognised: stats.records.hits,
         violation: None,
         missed: Vec::new(),
         again: format!("chorus-sim run {name} --seed {}", world.seed),
@@ -397,6 +405,8 @@ impl fmt::Display for Report {
         self.fmt_work(f)?;
         self.fmt_traffic(f)?;
         writeln!(f, "  trace      {events} events, {turns} turns, {}", self.trace.get(..16).unwrap_or(&self.trace))?;
+        let (verified, recognised) = (self.records_verified, self.records_recognised);
+        writeln!(f, "  signatures {verified} records verified, {recognised} recognised as verified before")?;
         for caveat in self.caveats {
             writeln!(f, "  note       {caveat}")?;
         }

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use chorus_core::{Effect, Node, NodeConfig};
 use chorus_machine::{Ctx, Machine, Outbox, Rng, Time};
-use chorus_protocol::NetworkId;
+use chorus_protocol::{NetworkId, memo};
 
 use crate::disk::{Disk, DiskBug};
 use crate::embedder::Embedder;
@@ -41,6 +41,8 @@ use crate::workload::{self, Question};
 pub const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long a run goes on past its scenario while ledgers differ and no bound says otherwise.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Verified records that a run remembers, so that each is verified once and not once a node.
+const MAX_REMEMBERED: usize = 1 << 20;
 /// Turns of one host at one moment before it counts as spinning.
 const MAX_TURNS_AT_ONCE: u32 = 2_000;
 
@@ -153,16 +155,21 @@ impl World {
 
     /// Runs to the end, or to the first violation.
     pub fn run(&mut self) -> Outcome {
+        let _before = memo::remember(MAX_REMEMBERED);
         let end = Time::ZERO + self.scenario.duration();
         let patience = self.scenario.bounds.converge_ms.map_or(PATIENCE, Duration::from_millis);
         let last = end + patience;
         while self.monitor.violation().is_none() {
-            let Some(next) = self.queue.next_at() else { break };
+            let Some(next) = self.queue.next_at() else {
+                break;
+            };
             // Past the end only a disagreement keeps the world going.
             if next > end && (self.equal_since.is_some() || next > last) {
                 break;
             }
-            let Some((at, event)) = self.queue.pop() else { break };
+            let Some((at, event)) = self.queue.pop() else {
+                break;
+            };
             self.now = at;
             self.record(&event);
             self.happen(event);
@@ -170,6 +177,7 @@ impl World {
         if self.monitor.violation().is_none() {
             self.check_at_end();
         }
+        self.stats.records = memo::remember(0);
         let trace = (self.trace.events(), self.trace.hash());
         Outcome::of(self, trace)
     }
@@ -242,7 +250,9 @@ impl World {
     pub(crate) fn turn(&mut self, index: HostId, act: impl FnOnce(&mut Node, &mut Ctx<'_>, &mut Outbox<Effect>)) {
         let now = self.now;
         let host = &mut self.hosts[index as usize];
-        let Some(node) = host.node.as_mut() else { return };
+        let Some(node) = host.node.as_mut() else {
+            return;
+        };
         let mut cx = Ctx { now: host.clock.local(now), wall: host.clock.wall(now), rng: &mut host.rng };
         act(node, &mut cx, &mut self.outbox);
         self.stats.turns += 1;
@@ -263,7 +273,9 @@ impl World {
     fn plan_wake(&mut self, index: HostId) {
         let now = self.now;
         let host = &mut self.hosts[index as usize];
-        let Some(deadline) = host.node.as_ref().and_then(Machine::deadline) else { return };
+        let Some(deadline) = host.node.as_ref().and_then(Machine::deadline) else {
+            return;
+        };
         let at = host.clock.world(deadline).max(now);
         if host.wake.is_none_or(|planned| at < planned) {
             host.wake = Some(at);
