@@ -150,6 +150,9 @@ impl Actor {
     fn on_malformed(&mut self, peer: PeerId, what: &str) {
         let now = Instant::now();
         tracing::debug!(%peer, what, "a malformed direct message");
+        if self.audible(&peer, now).is_none() {
+            return;
+        }
         if self.meter(peer, now).strike(MALFORMED_STRIKES, now) == Admission::Flood {
             self.ban(peer, BanReason::Malformed);
         }
@@ -157,7 +160,7 @@ impl Actor {
 
     fn on_batch(&mut self, peer: PeerId, batch: Batch, channel: ResponseChannel<Ack>) {
         let now = Instant::now();
-        let Some(from) = self.peers.get(&peer).map(|known| known.node) else { return };
+        let Some(from) = self.audible(&peer, now) else { return };
         let bytes = batch.iter().map(Vec::len).sum();
         let ack = if self.has_room(batch.len()) {
             match self.meter(peer, now).direct(batch.len(), bytes, now) {

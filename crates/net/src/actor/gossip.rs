@@ -47,8 +47,7 @@ impl Actor {
 
     fn on_gossip_message(&mut self, source: PeerId, id: &MessageId, message: Message) {
         let now = Instant::now();
-        let known = self.peers.get(&source).map(|peer| peer.node);
-        let (Some(topic), Some(from)) = (self.names.topic(&message.topic), known) else {
+        let (Some(topic), Some(from)) = (self.names.topic(&message.topic), self.audible(&source, now)) else {
             return self.judge(id, &source, Verdict::Ignore);
         };
         let Ok(id_bytes) = <[u8; 32]>::try_from(id.0.as_slice()) else { return };

@@ -288,6 +288,13 @@ impl Actor {
         self.emit(NetEvent::Banned { node, reason, ban });
     }
 
+    /// The node behind a peer that may be heard. What a banned peer sent before its connection closed may still be underway in
+    /// here; nobody hears it.
+    pub(super) fn audible(&self, peer: &PeerId, now: Instant) -> Option<NodeId> {
+        let known = self.peers.get(peer)?;
+        (!self.swarm.behaviour().gate.is_banned(peer, now)).then_some(known.node)
+    }
+
     /// Ends a ban before its time.
     pub(super) fn unban(&mut self, node: &NodeId) {
         let peer = peer_of(node);
