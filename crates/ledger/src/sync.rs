@@ -10,46 +10,44 @@
 //!     │ Items { what the other lacks } ─────────────────▶ │
 //! ```
 //!
+//! Only a little is handed over unasked. Of more the responder is told by a page with nothing in it, and begins a reconciliation of
+//! its own: a node that comes to many neighbours at once would otherwise be given everything by each of them.
+//!
 //! The responder keeps nothing of the set between two messages, so either set may change at any time: the worst that happens is
 //! that something is offered twice. A session is bounded in rounds, ids and bytes. What it had to leave is found by the next
 //! one, which then follows at once.
+
+mod serve;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use chorus_machine::{Ctx, Outbox, Time, earliest};
-use chorus_protocol::entry::{Entry, Equivocation};
-use chorus_protocol::limits::{ENVELOPE_OVERHEAD_BYTES, MAX_SYNC_BATCH_BYTES, MAX_SYNC_ENTRIES};
+use chorus_protocol::limits::MAX_SYNC_ENTRIES;
 use chorus_protocol::sync::SyncMessage;
-use chorus_protocol::{Hash, List, NodeId, Received};
+use chorus_protocol::{Hash, List, NodeId};
 
 use crate::io::{LedgerEffect, LedgerEvent};
 use crate::ledger::{Inbound, Ledger};
 use crate::refusal::{Misconduct, Refusal};
-use crate::state::Slot;
+use serve::{Page, items};
 
 /// Reconciliations that this node begins at a time.
 const MAX_OPENED: usize = 4;
-/// Reconciliations that this node answers at a time.
-const MAX_SERVING: usize = 64;
 /// Neighbours that are remembered.
 const MAX_PEERS: usize = 4_096;
 /// Frames of one reconciliation.
 const MAX_ROUNDS: u32 = 256;
 /// Ids in one request: a few milliseconds of verification.
 const WANT_PAGE: usize = 256;
-/// Requests of one reconciliation that are answered.
-const MAX_WANTS: u32 = 256;
-/// Ids that one reconciliation looks for; one frame more may slip in.
-const MAX_NEED: usize = 8_192;
-/// Entries that one reconciliation hands over unasked.
-const MAX_PUSHED: usize = 2_048;
+/// Ids that one reconciliation looks for on either side; one frame more may slip in.
+const MAX_FOUND: usize = 8_192;
+/// Entries that one reconciliation hands over unasked. Whoever lacks more is told to ask.
+const MAX_PUSHED: usize = WANT_PAGE;
 /// Pages that one reconciliation hands over unasked.
 const MAX_PUSHED_PAGES: usize = 4;
 /// Received entries that wait for verification.
 const MAX_INBOX: usize = 4_096;
-/// Proofs in one message.
-const MAX_PAGE_PROOFS: usize = 16;
 /// Hashes that were received and refused, so that they are not asked for again and again.
 const MAX_REFUSED: usize = 4_096;
 /// For how long they are not asked for.
@@ -138,6 +136,11 @@ impl Sync {
 
     fn mine(&mut self, peer: &NodeId, session: u64) -> Option<&mut Opened> {
         self.opened.get_mut(peer).filter(|opened| opened.session == session)
+    }
+
+    /// Returns whether some reconciliation has asked for this and waits for it.
+    fn is_asked(&self, hash: &Hash) -> bool {
+        self.opened.values().any(|opened| opened.asked.contains(hash))
     }
 
     fn theirs(&mut self, peer: &NodeId, session: u64) -> Option<&mut Serving> {
@@ -263,7 +266,7 @@ impl Ledger {
             },
             SyncMessage::Want { session, ids } => self.serve_want(timeout, from, session, &ids, out),
             SyncMessage::Items { session, entries, proofs } => {
-                self.on_items(timeout, from, session, entries.into_vec(), proofs.into_vec(), out);
+                self.on_items(cx.now, from, session, (entries.into_vec(), proofs.into_vec()), out);
             }
             SyncMessage::Abort { session } => {
                 if self.sync.mine(&from, session).is_some() {
@@ -275,8 +278,6 @@ impl Ledger {
             }
         }
     }
-
-    // ---- the initiator's side ----
 
     fn on_reply(&mut self, cx: &mut Ctx<'_>, peer: NodeId, frame: &[u8], out: &mut Outbox<LedgerEffect>) {
         let findings = match self.state.items().advance(frame) {
@@ -300,7 +301,7 @@ impl Ledger {
         let next = findings.next.and_then(|frame| List::new(frame).ok());
         match next {
             None => opened.compared = true,
-            Some(_) if opened.need.len() >= MAX_NEED || opened.have.len() >= MAX_PUSHED => {
+            Some(_) if opened.need.len() >= MAX_FOUND || opened.have.len() >= MAX_FOUND => {
                 (opened.compared, opened.cut) = (true, true);
             }
             Some(_) if opened.rounds >= MAX_ROUNDS => {
@@ -315,19 +316,31 @@ impl Ledger {
         self.pump(cx, peer, out);
     }
 
-    /// Asks for the next page, or ends the reconciliation when nothing is wanted any more.
+    /// Asks for the next page, or ends the reconciliation when nothing is left to ask for.
     fn pump(&mut self, cx: &mut Ctx<'_>, peer: NodeId, out: &mut Outbox<LedgerEffect>) {
         let Some(opened) = self.sync.opened.get_mut(&peer) else { return };
         if !opened.asked.is_empty() {
             return;
         }
-        while opened.asked.len() < WANT_PAGE {
-            let Some(hash) = opened.need.pop_front() else { break };
+        // Several reconciliations that begin together look for the same entries: each asks for a part of them. What another one
+        // has asked for is left to it, and comes back to the end of the line for as long as this one goes on.
+        let mut need = std::mem::take(&mut opened.need);
+        let (mut page, mut elsewhere) = (BTreeSet::new(), Vec::new());
+        while page.len() < WANT_PAGE {
+            let Some(hash) = need.pop_front() else { break };
             // Gossip may have brought it in the meantime.
-            if self.state.slot(&hash).is_none() {
-                opened.asked.insert(hash);
+            if self.state.slot(&hash).is_some() {
+                continue;
+            }
+            if self.sync.is_asked(&hash) {
+                elsewhere.push(hash);
+            } else {
+                page.insert(hash);
             }
         }
+        need.extend(elsewhere);
+        let Some(opened) = self.sync.opened.get_mut(&peer) else { return };
+        (opened.need, opened.asked) = (need, page);
         if !opened.asked.is_empty() {
             let ids = List::truncated(opened.asked.iter().copied());
             let message = SyncMessage::Want { session: opened.session, ids };
@@ -348,7 +361,6 @@ impl Ledger {
         mut have: Vec<Hash>,
         out: &mut Outbox<LedgerEffect>,
     ) -> usize {
-        have.truncate(MAX_PUSHED);
         if have.is_empty() {
             return 0;
         }
@@ -360,6 +372,10 @@ impl Ledger {
                 return 0;
             }
             known.pushed = Some((digest, cx.now));
+        }
+        if have.len() > MAX_PUSHED {
+            out.push(LedgerEffect::Send { to: peer, message: items(session, Page::default()) });
+            return 0;
         }
         let mut sent = 0;
         for page in self.pages(&have).into_iter().take(MAX_PUSHED_PAGES) {
@@ -377,15 +393,9 @@ impl Ledger {
         self.delta.events.push(LedgerEvent::Synced { peer, received: opened.received, sent });
     }
 
-    fn on_items(
-        &mut self,
-        timeout: Time,
-        peer: NodeId,
-        session: u64,
-        entries: Vec<Received<Entry>>,
-        proofs: Vec<Equivocation>,
-        out: &mut Outbox<LedgerEffect>,
-    ) {
+    fn on_items(&mut self, now: Time, peer: NodeId, session: u64, page: Page, out: &mut Outbox<LedgerEffect>) {
+        let timeout = now + self.cfg.sync_timeout;
+        let count = page.0.len() + page.1.len();
         if let Some(opened) = self.sync.mine(&peer, session) {
             if opened.asked.is_empty() {
                 return;
@@ -393,18 +403,22 @@ impl Ledger {
             opened.deadline = timeout;
         } else if let Some(serving) = self.sync.theirs(&peer, session) {
             serving.deadline = timeout;
-            serving.taken += entries.len() + proofs.len();
+            serving.taken += count.max(1);
             if serving.taken > MAX_PUSHED + MAX_SYNC_ENTRIES {
                 self.sync.serving.remove(&peer);
                 return out.push(LedgerEffect::Penalise { peer, reason: Misconduct::Endless });
             }
+            if count == 0 {
+                // It has more for this node than it hands over unasked.
+                return self.sync.set_due(peer, Some(now));
+            }
         } else {
             return;
         }
-        if self.inbox.len() + entries.len() + proofs.len() < MAX_INBOX {
+        if self.inbox.len() + count < MAX_INBOX {
             // Proofs first: they save the verification of what the convicted wrote.
-            self.inbox.extend(proofs.into_iter().map(|proof| (peer, Inbound::Proof(proof))));
-            self.inbox.extend(entries.into_iter().map(|entry| (peer, Inbound::Entry(entry))));
+            self.inbox.extend(page.1.into_iter().map(|proof| (peer, Inbound::Proof(proof))));
+            self.inbox.extend(page.0.into_iter().map(|entry| (peer, Inbound::Entry(entry))));
         }
         self.inbox.push_back((peer, Inbound::End { session }));
     }
@@ -477,114 +491,4 @@ impl Ledger {
         opened.deadline = timeout;
         self.pump(cx, peer, out);
     }
-
-    // ---- the responder's side ----
-
-    fn serve_open(
-        &mut self,
-        now: Time,
-        peer: NodeId,
-        (session, digest): (u64, Hash),
-        frame: &[u8],
-        out: &mut Outbox<LedgerEffect>,
-    ) {
-        // Its reconciliation serves both: the one that this node planned is not needed.
-        self.sync.set_due(peer, None);
-        if digest == self.digest() {
-            return out.push(LedgerEffect::Send { to: peer, message: SyncMessage::Same { session } });
-        }
-        self.sync.serving.retain(|_, session| session.deadline > now);
-        let known = self.sync.serving.get(&peer);
-        let hasty =
-            known.is_some_and(|last| now.since(last.since) < MIN_OPEN_INTERVAL && last.rounds + last.wants == 0);
-        if hasty || (known.is_none() && self.sync.serving.len() >= MAX_SERVING) {
-            return out.push(LedgerEffect::Send { to: peer, message: SyncMessage::Abort { session } });
-        }
-        let deadline = now + self.cfg.sync_timeout;
-        let serving = Serving { session, since: now, deadline, rounds: 0, wants: 0, taken: 0 };
-        self.sync.serving.insert(peer, serving);
-        self.respond(peer, session, frame, out);
-    }
-
-    fn serve_reply(&mut self, timeout: Time, peer: NodeId, session: u64, frame: &[u8], out: &mut Outbox<LedgerEffect>) {
-        let Some(serving) = self.sync.theirs(&peer, session) else {
-            return out.push(LedgerEffect::Send { to: peer, message: SyncMessage::Abort { session } });
-        };
-        serving.deadline = timeout;
-        serving.rounds += 1;
-        if serving.rounds > MAX_ROUNDS {
-            self.sync.serving.remove(&peer);
-            return out.push(LedgerEffect::Penalise { peer, reason: Misconduct::Endless });
-        }
-        self.respond(peer, session, frame, out);
-    }
-
-    fn respond(&mut self, peer: NodeId, session: u64, frame: &[u8], out: &mut Outbox<LedgerEffect>) {
-        match self.state.items().respond(frame).map(List::new) {
-            Ok(Ok(frame)) => out.push(LedgerEffect::Send { to: peer, message: SyncMessage::Reply { session, frame } }),
-            Ok(Err(_)) => out.push(LedgerEffect::Send { to: peer, message: SyncMessage::Abort { session } }),
-            Err(error) => {
-                self.sync.serving.remove(&peer);
-                out.push(LedgerEffect::Penalise { peer, reason: Misconduct::Frame(error.to_string()) });
-            }
-        }
-    }
-
-    fn serve_want(&mut self, timeout: Time, peer: NodeId, session: u64, ids: &[Hash], out: &mut Outbox<LedgerEffect>) {
-        let Some(serving) = self.sync.theirs(&peer, session) else {
-            return out.push(LedgerEffect::Send { to: peer, message: SyncMessage::Abort { session } });
-        };
-        serving.deadline = timeout;
-        serving.wants += 1;
-        if serving.wants > MAX_WANTS {
-            self.sync.serving.remove(&peer);
-            return out.push(LedgerEffect::Penalise { peer, reason: Misconduct::Endless });
-        }
-        // One page for one request; an empty one says "none of these". What did not fit is asked for again.
-        let page = self.pages(ids).into_iter().next().unwrap_or_default();
-        out.push(LedgerEffect::Send { to: peer, message: items(session, page) });
-    }
-
-    /// Packs what is known of `hashes` into pages, chain by chain.
-    fn pages(&self, hashes: &[Hash]) -> Vec<Page> {
-        let (mut keys, mut convicted) = (Vec::new(), Vec::new());
-        for hash in hashes {
-            match self.state.slot(hash) {
-                Some(Slot::Entry(author, seq)) => keys.push((author, seq)),
-                Some(Slot::Conviction(author)) => convicted.push(author),
-                None => {}
-            }
-        }
-        keys.sort_unstable();
-        let (mut pages, mut page, mut room) = (Vec::new(), Page::default(), MAX_SYNC_BATCH_BYTES);
-        let mut turn = |page: &mut Page, room: &mut usize, bytes: usize, crowded: bool| {
-            if crowded || bytes > *room {
-                pages.push(std::mem::take(page));
-                *room = MAX_SYNC_BATCH_BYTES;
-            }
-            *room = room.saturating_sub(bytes);
-        };
-        for proof in convicted.iter().filter_map(|author| self.state.proof(author)) {
-            let bytes = proof.first.len() + proof.second.len() + 2 * ENVELOPE_OVERHEAD_BYTES;
-            let crowded = page.1.len() >= MAX_PAGE_PROOFS;
-            turn(&mut page, &mut room, bytes, crowded);
-            page.1.push(proof.clone());
-        }
-        for entry in keys.iter().filter_map(|(author, seq)| self.state.entry(author, *seq)) {
-            let crowded = page.0.len() >= MAX_SYNC_ENTRIES;
-            turn(&mut page, &mut room, entry.encoded_len() + ENVELOPE_OVERHEAD_BYTES, crowded);
-            page.0.push(entry.to_wire());
-        }
-        if !page.0.is_empty() || !page.1.is_empty() {
-            pages.push(page);
-        }
-        pages
-    }
-}
-
-/// Entries and proofs of one message.
-type Page = (Vec<Received<Entry>>, Vec<Equivocation>);
-
-fn items(session: u64, page: Page) -> SyncMessage {
-    SyncMessage::Items { session, entries: List::truncated(page.0), proofs: List::truncated(page.1) }
 }

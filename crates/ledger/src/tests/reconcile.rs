@@ -285,3 +285,52 @@ proptest! {
         prop_assert!((40..=60).contains(&net.ledger(0).len()));
     }
 }
+
+#[test]
+fn a_new_node_asks_each_of_its_neighbours_for_a_part() {
+    let all = chain(1, 1_000);
+    let mut net = Net::new(&[10, 101, 102, 103, 104]);
+    for n in 1..5 {
+        net.fill(n, all.clone());
+        net.link(0, n);
+    }
+    net.run(Duration::from_secs(1));
+    assert!(net.agree());
+    let once: usize = all.iter().map(|entry| entry.encoded_len() + 98).sum();
+    assert_eq!(net.payload, once, "every entry crossed the wire once");
+    let mut givers: Vec<usize> = synced(&net, 0).iter().map(|(received, _)| *received).collect();
+    givers.sort_unstable();
+    assert_eq!(givers.iter().sum::<usize>(), all.len());
+    assert!(givers.iter().filter(|received| **received > 0).count() > 1, "{givers:?}");
+}
+
+#[test]
+fn what_a_silent_neighbour_was_asked_for_comes_from_another() {
+    let all = chain(1, 300);
+    let mut net = Net::new(&[10, 101]);
+    net.fill(1, all.clone());
+    // It compares the sets as node 1 would, is asked for the first page, and says nothing more. The lesser id begins at once.
+    let silent = (200..).map(id).find(|silent| id(10) < *silent).unwrap();
+    net.input(0, LedgerInput::PeerUp(silent));
+    let Some((_, _, Direct::Sync(open @ SyncMessage::Open { .. }))) = net.queue.pop_back() else { panic!() };
+    net.input(1, LedgerInput::Sync { from: silent, message: open });
+    let Some((_, _, Direct::Sync(reply @ SyncMessage::Reply { .. }))) = net.queue.pop_back() else { panic!() };
+    net.input(0, LedgerInput::Sync { from: silent, message: reply });
+    let Some((_, _, Direct::Sync(SyncMessage::Want { .. }))) = net.queue.pop_back() else { panic!() };
+    net.link(0, 1);
+    net.run(Duration::from_secs(1));
+    assert!(net.ledger(0).len() < all.len(), "a page is still waited for");
+    net.run(LedgerConfig::default().sync_timeout + Duration::from_secs(10));
+    assert_eq!(net.ledger(0).len(), all.len());
+}
+
+#[test]
+fn a_neighbour_that_says_for_ever_that_there_is_more_is_penalised() {
+    let mut net = Net::new(&[100]);
+    let (from, session) = (id(5), open_towards(&mut net, id(5)));
+    let more = SyncMessage::Items { session, entries: List::default(), proofs: List::default() };
+    for _ in 0..1_000 {
+        net.input(0, LedgerInput::Sync { from, message: more.clone() });
+    }
+    assert_eq!(net.nodes[0].penalties, [(from, Misconduct::Endless)]);
+}
