@@ -447,7 +447,7 @@ fn a_hundred_thousand_entries_open_in_a_moment() {
         assert_eq!(loaded.entries.len() as u64, ENTRIES);
     }
     println!("opened and loaded {ENTRIES} entries in {best:?}");
-    // The target is a second, and `store_bench` measures it. The bound here leaves room for a machine that is busy with other
+    // The target is a second, and `ledger_bench` measures it. The bound here leaves room for a machine that is busy with other
     // tests; without optimisation, the arithmetic of the keys alone takes many times as long.
     let bound = if cfg!(debug_assertions) { 60.0 } else { 3.0 };
     assert!(best.as_secs_f64() < bound, "{best:?}");
