@@ -12,11 +12,11 @@ use bincode::enc::write::Writer;
 use bincode::error::EncodeError;
 use bincode::{Decode, Encode};
 
-use crate::limits::MAX_DIRECT_BYTES;
+use crate::limits::MAX_BULK_BYTES;
 
 /// What a whole message may claim from the decoder. The second belt: the first is that each [`crate::Text`], [`crate::List`] and
 /// [`crate::Received`] compares its length with its own limit and allocates only for bytes that are there.
-const CLAIM_LIMIT: usize = 2 * MAX_DIRECT_BYTES;
+const CLAIM_LIMIT: usize = 2 * MAX_BULK_BYTES;
 
 const CONFIG: Configuration<LittleEndian, Varint, Limit<CLAIM_LIMIT>> =
     bincode::config::standard().with_limit::<CLAIM_LIMIT>();

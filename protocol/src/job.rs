@@ -9,6 +9,13 @@ use crate::codec;
 use crate::embedding::Embedding;
 use crate::id::Hash;
 
+/// Strings that may end an answer.
+pub const MAX_STOPS: usize = 8;
+/// Bytes of one of them.
+pub const MAX_STOP_BYTES: usize = 64;
+/// Bytes of a JSON Schema that an answer must satisfy.
+pub const MAX_SCHEMA_BYTES: usize = 8_192;
+
 /// What kind of work a job is. New kinds are appended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -87,7 +94,7 @@ pub struct Payload {
     /// The chat so far. The executor's own system prompt, if it has one, stands before it.
     pub turns: List<Turn, 64>,
     /// A JSON Schema that the answer must satisfy, token by token.
-    pub json_schema: Option<Text<8_192>>,
+    pub json_schema: Option<Text<MAX_SCHEMA_BYTES>>,
     /// The most tokens to generate.
     pub max_tokens: u32,
     /// Sampling temperature in thousandths; 0 is greedy.
@@ -96,8 +103,8 @@ pub struct Payload {
     pub top_p_milli: u32,
     /// The sampler's seed: same seed, same weights, same tokens.
     pub seed: u64,
-    /// Strings that end the answer.
-    pub stop: List<Text<64>, 8>,
+    /// Strings that end the answer; they are not part of it.
+    pub stop: List<Text<MAX_STOP_BYTES>, MAX_STOPS>,
     /// Whether the requester wants the text while it is made.
     pub stream: bool,
 }

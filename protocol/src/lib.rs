@@ -18,6 +18,7 @@
 //! | [`signed`] | the envelope and its ladder | `spec/signed.md` |
 //! | [`capability`], [`entry`] | what a node says of itself, and the chain it says it in | `spec/ledger.md` |
 //! | [`beacon`], [`job`] | election, lease, payload, outcome, receipt | `spec/beacon.md` |
+//! | [`policy`], [`rollout`] | versions of weights, and the rollouts they wrote | `spec/rollout.md` |
 //! | [`sync`], [`message`] | reconciliation, and what a frame may hold | `spec/wire.md` |
 
 pub mod beacon;
@@ -32,6 +33,8 @@ pub mod key;
 pub mod limits;
 pub mod memo;
 pub mod message;
+pub mod policy;
+pub mod rollout;
 pub mod signed;
 pub mod sync;
 mod wall;

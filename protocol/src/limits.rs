@@ -29,3 +29,28 @@ pub const MAX_CLOCK_SKEW_MS: u64 = 60_000;
 pub const MAX_ENTRY_LIFE_MS: u64 = 30 * 24 * 3_600_000;
 /// How long ago a beacon may have been made and still be answered, in milliseconds.
 pub const MAX_BEACON_AGE_MS: u64 = 30_000;
+
+/// One frame of rollouts, without its envelope.
+pub const MAX_ROLLOUT_FRAME_BYTES: usize = 4 * 1024 * 1024;
+/// Rollouts in one frame, and groups in one frame.
+pub const MAX_FRAME_ROLLOUTS: usize = 4096;
+/// Versions that the rollouts of one frame may come from.
+pub const MAX_FRAME_VERSIONS: usize = 16;
+/// Environments that the rollouts of one frame may come from.
+pub const MAX_FRAME_ENVIRONMENTS: usize = 64;
+/// Swaps of weights in mid-rollout, in one frame.
+pub const MAX_FRAME_SWITCHES: usize = 16 * 1024;
+/// Tokens of one prompt, and tokens of one completion.
+pub const MAX_ROLLOUT_TOKENS: usize = 128 * 1024;
+/// The smallest chunk that a manifest may cut its files into.
+pub const MIN_CHUNK_BYTES: usize = 1024;
+/// The largest chunk that a manifest may cut its files into.
+pub const MAX_CHUNK_BYTES: usize = 4 * 1024 * 1024;
+/// Chunks of one version.
+pub const MAX_CHUNKS: usize = 64 * 1024;
+/// Files of one version.
+pub const MAX_POLICY_FILES: usize = 64;
+/// One manifest, without its envelope.
+pub const MAX_MANIFEST_BYTES: usize = 32 * MAX_CHUNKS + 16 * 1024;
+/// One message of the bulk plane: a frame or a chunk and what stands around it.
+pub const MAX_BULK_BYTES: usize = 4 * 1024 * 1024 + 1024;

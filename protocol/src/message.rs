@@ -94,6 +94,13 @@ pub enum Direct {
     },
     /// Two ledgers comparing notes.
     Sync(SyncMessage),
+    /// Executor to requester: "I could, but have no free slot; I will bid when one comes free while your window is open."
+    Busy {
+        /// The announcement it answers.
+        beacon: BeaconId,
+        /// When it expects a free slot, in milliseconds from now; `u32::MAX` when it cannot tell.
+        free_in_ms: u32,
+    },
 }
 
 impl Direct {
@@ -110,6 +117,7 @@ impl Direct {
             Self::Outcome { .. } => "outcome",
             Self::Cancel { .. } => "cancel",
             Self::Sync(_) => "sync",
+            Self::Busy { .. } => "busy",
         }
     }
 }

@@ -18,8 +18,9 @@
 //! ```
 //!
 //! 1. The requester announces what is needed, never what is asked.
-//! 2. Who can and has a slot bids, and keeps the slot for a moment. Who has none remembers the beacon while it is open.
-//! 3. The window closes when enough have bid, when all who can have bid, or at its end. Scores come from the ledger ([`phi::phi`]).
+//! 2. Who can and has a slot bids, and keeps the slot for a moment. Who has none says so, and remembers the beacon while it is open.
+//! 3. The window closes when enough have bid, when all who can have answered, or at its end. Scores come from the ledger
+//!    ([`phi::phi`]).
 //! 4. The winner gets the lease ([`lease`] says what makes it valid) and only then the payload; the losers' slots are free.
 //! 5. Refusal, silence, a broken connection, a crash: the next bidder, then a new beacon. A straggler gets a rival.
 //! 6. Both signatures make a receipt; receipts make a [`reputation`], which every node computes for itself.

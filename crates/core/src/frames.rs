@@ -62,6 +62,7 @@ impl Node {
         let route = match message {
             Direct::Sync(message) => Route::Ledger(LedgerInput::Sync { from, message }),
             Direct::Bid(_)
+            | Direct::Busy { .. }
             | Direct::Accept { .. }
             | Direct::Refuse { .. }
             | Direct::Progress { .. }

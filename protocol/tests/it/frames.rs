@@ -151,8 +151,8 @@ fn full_batches_and_proofs_fit_their_frames() {
 
 #[test]
 fn an_unknown_variant_is_named_in_the_error() {
-    let error = Direct::from_bytes(&[9]).unwrap_err();
-    assert_eq!(error.to_string(), "not a valid direct frame: there is no variant 9 in this version");
+    let error = Direct::from_bytes(&[10]).unwrap_err();
+    assert_eq!(error.to_string(), "not a valid direct frame: there is no variant 10 in this version");
 }
 
 #[test]

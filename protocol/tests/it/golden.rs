@@ -306,7 +306,7 @@ fn rejected() {
     *bool_two.last_mut().unwrap() = 2;
     let made: Vec<Value> = [
         ("nothing at all", vec![], "it ends too early"),
-        ("an unknown frame", vec![9], "there is no variant 9 in this version"),
+        ("an unknown frame", vec![10], "there is no variant 10 in this version"),
         ("a frame cut short", same[..2].to_vec(), "it ends too early"),
         ("a frame and one byte", [same.as_slice(), &[0]].concat(), "1 bytes follow a direct frame"),
         ("an integer longer than it must be", vec![8, 1, 251, 5, 0], "not in its shortest form"),

@@ -269,6 +269,7 @@ pub fn direct_frames() -> Vec<(&'static str, Direct)> {
         ("cancel", Direct::Cancel { job, fence }),
     ];
     frames.extend(sync_messages().into_iter().map(|(name, message)| (name, Direct::Sync(message))));
+    frames.push(("busy", Direct::Busy { beacon: beacon_id(), free_in_ms: 1_500 }));
     frames
 }
 

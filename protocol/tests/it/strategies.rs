@@ -359,6 +359,7 @@ pub fn direct() -> BoxedStrategy<Direct> {
         }),
         (job_id(), int()).prop_map(|(job, fence)| Direct::Cancel { job, fence }),
         sync().prop_map(Direct::Sync),
+        (beacon_id(), int32()).prop_map(|(beacon, free_in_ms)| Direct::Busy { beacon, free_in_ms }),
     ]
     .boxed()
 }

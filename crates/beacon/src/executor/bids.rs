@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use chorus_machine::{Ctx, Outbox, Time};
+use chorus_machine::{Ctx, Outbox, Time, earliest};
 use chorus_protocol::beacon::{Beacon, Bid};
 use chorus_protocol::limits::{MAX_BEACON_AGE_MS, MAX_CLOCK_SKEW_MS};
 use chorus_protocol::message::Direct;
@@ -43,10 +43,30 @@ impl Executor {
         }
         if self.free() > 0 {
             self.bid(cx, &beacon, out);
+            return;
+        }
+        // Its requester need not wait for this node.
+        let free_in_ms =
+            self.free_in(cx.now).map_or(u32::MAX, |time| u32::try_from(time.as_millis()).unwrap_or(u32::MAX));
+        let message = Direct::Busy { beacon: beacon.id, free_in_ms };
+        out.push(ExecutorEffect::Send { to: requester, message });
+        let again = |waiting: &&mut Waiting| waiting.beacon.author() == requester && waiting.beacon.job == beacon.job;
+        if let Some(waiting) = self.waiting.iter_mut().find(again) {
+            // The job was announced again: its place in the queue stays.
+            *waiting = Waiting { beacon, closes };
         } else if self.may_wait(requester) {
             out.push(ExecutorEffect::Event(ExecutorEvent::Waiting { requester, job: beacon.job }));
             self.waiting.push(Waiting { beacon, closes });
         }
+    }
+
+    /// How long until a slot is likely to come free: the soonest of reservations that lapse and of runs that take as long as runs
+    /// took lately. `None` when nothing is known of either.
+    fn free_in(&self, now: Time) -> Option<Duration> {
+        let usual = self.usual.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        let ending = usual.and_then(|usual| self.runs.values().map(|run| run.started + usual).min());
+        let lapsing = self.reservations.values().map(|reservation| reservation.until).min();
+        earliest(ending, lapsing).map(|at| at.since(now))
     }
 
     fn may_wait(&self, requester: NodeId) -> bool {

@@ -9,8 +9,8 @@
 //!     └──────────────────┴──peer down, drain ────────┘  peer down, newer lease, drain
 //! ```
 //!
-//! * `running + reserved ≤ slots`, always. A beacon that finds no free slot waits in a bounded queue while it is open, and is answered
-//!   the moment a slot comes free.
+//! * `running + reserved ≤ slots`, always. A beacon that finds no free slot is answered with `Busy`, waits in a bounded queue while
+//!   it is open, and gets its bid the moment a slot comes free.
 //! * A grant with a live reservation always finds its slot. One without gets a slot if one is free, else `Busy`.
 //! * A grant is idempotent: repeated, it is answered with where the run stands: `Accept` while it runs, the `Outcome` once it is done.
 //!   One under an older token, a cancelled one, or one whose run is forgotten is refused as stale.
@@ -129,7 +129,7 @@ pub enum ExecutorEvent {
         /// φ of this node's capability.
         score: f64,
     },
-    /// No slot was free; the beacon waits.
+    /// No slot was free, and its requester was told; the beacon waits.
     Waiting {
         /// Whose job.
         requester: NodeId,

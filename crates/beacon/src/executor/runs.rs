@@ -27,7 +27,7 @@ pub(super) struct Run {
     requirement: Hash,
     salt: [u8; 16],
     stream: bool,
-    started: Time,
+    pub(super) started: Time,
     pub(super) deadline: Time,
     /// When the last sign of life went out.
     pub(super) sent: Time,

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
-use chorus_machine::{Ctx, Outbox};
+use chorus_machine::{Ctx, Outbox, earliest};
 use chorus_protocol::beacon::{Beacon, Bid};
 use chorus_protocol::{BeaconId, JobId, NodeId, Received, Verified};
 
@@ -152,8 +153,15 @@ impl Requester {
         job.nobody_since = None;
         job.beacons.push(beacon.id);
         let capable = reach.len();
-        let election = Election { beacon: beacon.id, opened: cx.now, capable, awaited: reach, bids: Vec::new() };
-        job.election = Some(election);
+        job.election = Some(Election {
+            beacon: beacon.id,
+            opened: cx.now,
+            capable,
+            awaited: reach,
+            busy: 0,
+            free_at: None,
+            bids: Vec::new(),
+        });
         self.beacons.insert(beacon.id, id);
         event(job, JobEventKind::Announced { beacon: beacon.id, candidates: capable }, out);
         out.push(RequesterEffect::Publish(beacon));
@@ -205,13 +213,35 @@ impl Requester {
         }
     }
 
+    /// A node that could do the job has no free slot: it is not waited for, and may bid later all the same. Only the first answer
+    /// of a node that is waited for says anything new.
+    pub(super) fn on_busy(
+        &mut self,
+        cx: &mut Ctx<'_>,
+        from: NodeId,
+        beacon: BeaconId,
+        free_in: Duration,
+        out: &mut Outbox<RequesterEffect>,
+    ) {
+        let Some(job) = self.beacons.get(&beacon).and_then(|id| self.jobs.get_mut(id)) else { return };
+        let open = job.election.as_mut().filter(|election| election.beacon == beacon);
+        let Some(election) = open else { return };
+        if election.awaited.remove(&from) {
+            election.busy += 1;
+            election.free_at = earliest(election.free_at, Some(cx.now + free_in));
+            let id = job.spec.job;
+            self.check_election(cx, id, out);
+            self.reschedule(id);
+        }
+    }
+
     /// Sees a bidder as the selection rules do: with what the ledger and experience say, not with what it says itself. Its load and
     /// its own estimate of time count where this node knows nothing better.
     fn candidate(&mut self, cx: &Ctx<'_>, id: JobId, node: NodeId, score: f64, bid: &Bid) -> Candidate {
         let standing = self.standing(node, cx.now);
         let (job, capability) = (self.jobs.get(&id), self.capabilities.get(&node));
         let claimed = job.zip(capability).and_then(|(j, c)| claimed_time(c, &j.spec.requirement, &j.spec.payload));
-        let claimed = claimed.unwrap_or(std::time::Duration::from_millis(u64::from(bid.expected_ms)));
+        let claimed = claimed.unwrap_or(Duration::from_millis(u64::from(bid.expected_ms)));
         let latency = claimed.mul_f64(standing.slowdown);
         let told = share(usize::from(bid.active), usize::from(bid.slots));
         let seen = share(self.leased_to(node), capability.map_or(0, |c| usize::from(c.slots)));
@@ -250,10 +280,13 @@ impl Requester {
         let bids = election.bids.len();
         let complete = bids > 0 && (timed_out || bids >= self.config.close_at || !self.may_hope(election));
         if bids == 0 && timed_out {
+            let soonest = election.free_at.map(|at| at.since(cx.now));
             let Some(job) = self.jobs.get_mut(&id) else { return };
             job.election = None;
             job.barren = job.barren.saturating_add(1);
+            // Whoever is busy may have a slot before the pause is over, but is not asked all the time.
             let pause = job.back_off(&self.config);
+            let pause = soonest.map_or(pause, |soonest| pause.min(soonest.max(self.config.back_off)));
             job.resume_at = Some(cx.now + cx.rng.between(pause / 2, pause));
         } else if complete {
             self.close(cx, id, out);

@@ -25,6 +25,7 @@ mod state;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use chorus_machine::{Ctx, Machine, Outbox, Time};
 use chorus_protocol::beacon::Beacon;
@@ -71,7 +72,7 @@ pub enum RequesterInput {
     Submit(Box<JobSpec>),
     /// A customer takes a job back.
     Cancel(JobId),
-    /// An executor sent a `Bid`, `Accept`, `Refuse`, `Progress` or `Outcome`.
+    /// An executor sent a `Bid`, `Busy`, `Accept`, `Refuse`, `Progress` or `Outcome`.
     Direct {
         /// Who, as its connection proves.
         from: NodeId,
@@ -218,7 +219,7 @@ impl Requester {
         if !holders.is_empty() {
             format!("{} worked on it", holders.join(" and "))
         } else if let Some(election) = &job.election {
-            format!("{} nodes that can do it were asked, none had a free slot", election.capable)
+            format!("{} nodes that can do it were asked, {} said that they are busy", election.capable, election.busy)
         } else if job.nobody_since.is_some() {
             "no node could do it".to_owned()
         } else {
@@ -402,6 +403,9 @@ impl Requester {
     fn on_direct(&mut self, cx: &mut Ctx<'_>, from: NodeId, message: Direct, out: &mut Outbox<RequesterEffect>) {
         match message {
             Direct::Bid(bid) => self.on_bid(cx, from, bid, out),
+            Direct::Busy { beacon, free_in_ms } => {
+                self.on_busy(cx, from, beacon, Duration::from_millis(u64::from(free_in_ms)), out);
+            }
             Direct::Accept { job, fence } => self.on_accept(cx, from, job, fence, out),
             Direct::Refuse { job, fence, failure } => self.on_refuse(cx, from, job, fence, failure, out),
             Direct::Progress { job, fence, index, tokens, text } => {

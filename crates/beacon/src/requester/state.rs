@@ -22,8 +22,11 @@ pub(super) struct Election {
     pub(super) opened: Time,
     /// How many nodes could do it when it was opened.
     pub(super) capable: usize,
-    /// Of those, the ones that have not bid.
+    /// Of those, the ones that have not answered.
     pub(super) awaited: BTreeSet<NodeId>,
+    /// How many answered that they have no free slot, and when the first of them expects one.
+    pub(super) busy: usize,
+    pub(super) free_at: Option<Time>,
     pub(super) bids: Vec<Candidate>,
 }
 

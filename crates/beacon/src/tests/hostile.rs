@@ -26,6 +26,7 @@ const FLAWS: u8 = 12;
 #[derive(Clone, Debug)]
 enum Recipe {
     Bid { signer: u8, to: u8, numbers: (u16, u16, u16, u32, u32) },
+    Busy { free_in_ms: u32 },
     Release,
     Grant { signer: u8, executor: u8, job: u8, fence: u64, deadline: u64 },
     Accept,
@@ -74,6 +75,7 @@ fn recipe() -> impl Strategy<Value = Recipe> {
     prop_oneof![
         4 => (1u8..6, 1u8..3, any::<(u16, u16, u16, u32, u32)>())
             .prop_map(|(signer, to, numbers)| Recipe::Bid { signer, to, numbers }),
+        2 => any::<u32>().prop_map(|free_in_ms| Recipe::Busy { free_in_ms }),
         1 => Just(Recipe::Release),
         3 => (1u8..4, 1u8..4, 1u8..4, 0u64..5, prop_oneof![Just(0), Just(u64::MAX), Just(WALL + 60_000)])
             .prop_map(|(signer, executor, job, fence, deadline)| Recipe::Grant { signer, executor, job, fence, deadline }),
@@ -219,6 +221,7 @@ impl Siege {
             Recipe::Bid { signer, to, numbers } => {
                 Direct::Bid(bid(if step.holder { step.node } else { signer }, to, beacon, numbers))
             }
+            Recipe::Busy { free_in_ms } => Direct::Busy { beacon, free_in_ms },
             Recipe::Release => Direct::Release { beacon },
             Recipe::Grant { signer, executor, job, fence, deadline } => grant(signer, executor, job, fence, deadline),
             Recipe::Accept => Direct::Accept { job, fence },
@@ -373,4 +376,36 @@ fn a_bench_an_open_election_and_a_lost_lease_never_make_three_leases() {
     let job = JobId::from_bytes([3; 16]);
     let leases: Vec<LeaseView> = siege.requester.leases().filter(|lease| lease.job == job).collect();
     assert_eq!((leases.len(), siege.granted.len()), (2, 3));
+}
+
+/// `Busy` shortens the wait for those who said it and for nobody else, and takes nobody's right to bid.
+#[test]
+fn a_busy_answer_counts_once_for_a_candidate_and_never_for_a_stranger() {
+    let mut siege = Siege::new(1);
+    let say = |siege: &mut Siege, node: u8, recipe| {
+        siege.deliver(Step { holder: false, node, back: 0, recipe, wait_ms: 0 });
+    };
+    let busy = Recipe::Busy { free_in_ms: 0 };
+    let bid = |node| Recipe::Bid { signer: node, to: 1, numbers: (1_000, 0, 2, 5, 1_000) };
+    // Nodes 1, 2 and 3 are candidates. A quarantined one and one that is not in the ledger say it, and one says it twice.
+    for node in [4, 5, 2, 2] {
+        say(&mut siege, node, busy.clone());
+    }
+    say(&mut siege, 3, bid(3));
+    assert!(siege.granted.is_empty(), "node 1 has not answered");
+    say(&mut siege, 1, busy.clone());
+    assert_eq!(siege.granted.iter().map(|lease| lease.to).collect::<Vec<_>>(), [id(3)], "now all have");
+    // After its bid, `Busy` takes nothing back; after `Busy`, a bid counts, and wins at once where all others are busy.
+    let mut siege = Siege::new(1);
+    say(&mut siege, 2, bid(2));
+    say(&mut siege, 2, busy.clone());
+    siege.pass(Duration::from_millis(200));
+    assert_eq!(siege.granted.len(), 1);
+    let mut siege = Siege::new(1);
+    for node in 1..4 {
+        say(&mut siege, node, busy.clone());
+    }
+    siege.pass(Duration::from_millis(20));
+    say(&mut siege, 2, bid(2));
+    assert_eq!(siege.granted.iter().map(|lease| lease.to).collect::<Vec<_>>(), [id(2)]);
 }

@@ -99,6 +99,30 @@ fn a_silent_candidate_holds_the_window_to_its_end_and_no_longer() {
 }
 
 #[test]
+fn a_candidate_that_says_it_is_busy_does_not_hold_the_window() {
+    let mut world = world(&[Nature::Honest; 4]);
+    world.asks_only(0);
+    world.asks_only(1);
+    world.submit(1, spec(1, world.now, 10 * SECOND));
+    world.run_for(Duration::from_millis(50));
+    let busy = world.elected()[0].0;
+    world.submit(0, spec(2, world.now, 10 * SECOND));
+    world.run_for(10 * SECOND);
+    let done = world.result(2).as_ref().unwrap();
+    assert!(done.election < Duration::from_millis(10) && done.executor != busy, "{done:?}");
+    // With every slot taken the first that comes free is used at once.
+    for n in 3..=4 {
+        world.submit(1, spec(n, world.now, 10 * SECOND));
+    }
+    world.run_for(Duration::from_millis(50));
+    world.submit(0, spec(5, world.now, 10 * SECOND));
+    world.run_for(10 * SECOND);
+    let done = world.result(5).as_ref().unwrap();
+    assert!(done.election < Duration::from_millis(500), "a run takes 480 ms at most: {:?}", done.election);
+    world.assert_settled(5);
+}
+
+#[test]
 fn the_match_decides_and_a_boast_does_not() {
     for rule in [SelectionRule::Score, SelectionRule::ScoreReputation, SelectionRule::Discounted] {
         let config = BeaconConfig { selection: rule, ..BeaconConfig::default() };
