@@ -11,11 +11,17 @@ use std::cell::Cell;
 use chorus_protocol::beacon::{Beacon, Work};
 use chorus_protocol::entry::Entry;
 use chorus_protocol::job::{Failure, JobKind, Payload, Role, Turn};
-use chorus_protocol::limits::{MAX_BEACON_BYTES, MAX_DIRECT_BYTES, MAX_ENTRY_BYTES, MAX_SMALL_BYTES};
+use chorus_protocol::limits::{
+    MAX_BEACON_BYTES, MAX_DIRECT_BYTES, MAX_ENTRY_BYTES, MAX_ROLLOUT_FRAME_BYTES, MAX_SMALL_BYTES,
+};
 use chorus_protocol::message::{BeaconGossip, Direct, Frame, LedgerGossip};
+use chorus_protocol::rollout::{Bulk, RolloutFrame};
 use chorus_protocol::sync::SyncMessage;
 use chorus_protocol::{List, NodeId, Text, codec};
 
+#[path = "it/rollout_samples.rs"]
+#[allow(dead_code, reason = "shared with the other test binary")]
+mod rollout_samples;
 #[path = "it/samples.rs"]
 #[allow(dead_code, reason = "shared with the other test binary")]
 mod samples;
@@ -130,6 +136,12 @@ fn a_claimed_length_allocates_nothing() {
         frames_stay_small(&frame);
     }
     frames_stay_small(&samples::beacon_frame());
+    for (_, message) in rollout_samples::messages() {
+        records_stay_small::<Bulk>(Bulk::KIND, &message, Bulk::MAX_BYTES);
+    }
+    for base in [100, 100_000] {
+        records_stay_small::<RolloutFrame>("rollouts", &rollout_samples::frame(base), MAX_ROLLOUT_FRAME_BYTES);
+    }
     records_stay_small::<Entry>("entry", &samples::capability_entry(), MAX_ENTRY_BYTES);
     records_stay_small::<Entry>("entry", &samples::receipt_entry(), MAX_ENTRY_BYTES);
     records_stay_small::<Beacon>("beacon", &samples::beacon(), MAX_BEACON_BYTES);

@@ -7,9 +7,10 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use bincode::de::{BorrowDecode, BorrowDecoder, Decode, Decoder};
-use bincode::enc::{Encode, Encoder};
+use bincode::de::{BorrowDecoder, Decoder};
+use bincode::enc::Encoder;
 use bincode::error::{DecodeError, EncodeError};
+use bincode::{BorrowDecode, Decode, Encode};
 
 use super::columns;
 use super::parts::{GroupId, Rollout, Segment};
@@ -184,7 +185,8 @@ impl RolloutFrame {
 
     /// Returns the rollouts, in the frame's order.
     pub fn rollouts(&self) -> impl Iterator<Item = RolloutView<'_>> {
-        let starts: Vec<usize> = self.groups.prompt_len.iter().scan(0, |at, len| Some(advance(at, *len).start)).collect();
+        let starts: Vec<usize> =
+            self.groups.prompt_len.iter().scan(0, |at, len| Some(advance(at, *len).start)).collect();
         let (mut token, mut switch) = (0, 0);
         (0..self.len()).map(move |row| {
             let group = usize::from(self.rollouts.group[row]);

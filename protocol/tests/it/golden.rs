@@ -25,7 +25,7 @@ fn path(name: &str) -> PathBuf {
 }
 
 /// Compares what this build makes with what is written down, item by item, and returns what is written down.
-fn check(name: &str, about: &str, items: Vec<Value>) -> Vec<Value> {
+pub fn check(name: &str, about: &str, items: Vec<Value>) -> Vec<Value> {
     let path = path(name);
     let made = json!({ "about": about, "vectors": items });
     if std::env::var_os(REGENERATE).is_some() {
@@ -52,7 +52,7 @@ fn check(name: &str, about: &str, items: Vec<Value>) -> Vec<Value> {
     old.clone()
 }
 
-fn hex_of(value: &Value, field: &str) -> Vec<u8> {
+pub fn hex_of(value: &Value, field: &str) -> Vec<u8> {
     hex::decode(value[field].as_str().unwrap()).unwrap()
 }
 
@@ -348,6 +348,7 @@ fn every_file_is_compared() {
             "beacon-gossip.json",
             "beacon.json",
             "bid.json",
+            "bulk.json",
             "codec.json",
             "digests.json",
             "direct.json",
@@ -355,7 +356,9 @@ fn every_file_is_compared() {
             "identity.json",
             "lease.json",
             "ledger-gossip.json",
+            "manifest.json",
             "rejected.json",
+            "rollouts.json",
             "tags.json",
             "work.json",
         ]

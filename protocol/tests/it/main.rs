@@ -6,6 +6,8 @@ mod frames;
 mod golden;
 mod identity;
 mod random;
+mod rollout_samples;
+mod rollouts;
 mod samples;
 mod signing;
 mod strategies;
