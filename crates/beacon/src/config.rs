@@ -61,11 +61,13 @@ impl Default for ReputationConfig {
 /// The beacon's configuration, of both its sides.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BeaconConfig {
-    /// How long bids are compared before the best one gets the lease. Ends early, see `close_at`. 150 ms.
+    /// How long bids are compared at least before the best one gets the lease. Ends early, see `close_at`. 150 ms.
     pub window: Duration,
+    /// How long they are compared at most: between the two, as long as answers were seen to need. 600 ms.
+    pub window_max: Duration,
     /// Bids at which the window closes early; it also closes when every capable node known has bid. 8.
     pub close_at: usize,
-    /// How long a beacon that nobody has answered stays open: the first bid after `window` wins at once, so a slot that
+    /// How long a beacon that nobody has bid to stays open: the first bid after the window wins at once, so a slot that
     /// comes free in a busy swarm is used without asking again. Then a new beacon follows. 2 s.
     pub patience: Duration,
     /// How long a job waits for a capable node to appear in the ledger before it fails with `NobodyCan`. 2 s.
@@ -103,6 +105,7 @@ impl Default for BeaconConfig {
     fn default() -> Self {
         Self {
             window: Duration::from_millis(150),
+            window_max: Duration::from_millis(600),
             close_at: 8,
             patience: Duration::from_secs(2),
             grace: Duration::from_secs(2),
@@ -143,16 +146,17 @@ impl BeaconConfig {
         let reputation = &self.reputation;
         let rules = [
             (!self.window.is_zero(), "window", "must be longer than zero"),
-            (self.patience >= self.window, "patience", "must not be shorter than window"),
+            (self.window_max >= self.window, "window_max", "must not be shorter than window"),
+            (self.patience >= self.window_max, "patience", "must not be shorter than window_max"),
             (
                 self.patience <= Duration::from_secs(30),
                 "patience",
                 "must not exceed 30 s, the age at which beacons die",
             ),
             (
-                self.hold > self.window,
+                self.hold > self.window_max,
                 "hold",
-                "must be longer than window, or every reservation lapses before it is used",
+                "must be longer than window_max, or every reservation lapses before it is used",
             ),
             (self.hold <= Duration::from_secs(60), "hold", "must not exceed 60 s"),
             (self.close_at > 0, "close_at", "must be at least 1"),
@@ -198,7 +202,7 @@ mod tests {
 
     #[test]
     fn a_hold_that_lapses_before_the_window_closes_is_named() {
-        let config = BeaconConfig { hold: Duration::from_millis(100), ..BeaconConfig::default() };
+        let config = BeaconConfig { hold: Duration::from_millis(600), ..BeaconConfig::default() };
         assert_eq!(config.validate().map_err(|e| e.field), Err("hold"));
         let config = BeaconConfig {
             hedge: HedgePolicy::AtRisk { slowdown: f64::NAN, spare: 2.0, slack: Duration::ZERO },

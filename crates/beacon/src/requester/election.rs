@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use chorus_machine::{Ctx, Outbox, earliest};
+use chorus_machine::{Ctx, Outbox, Time, earliest};
 use chorus_protocol::beacon::{Beacon, Bid};
 use chorus_protocol::{BeaconId, JobId, NodeId, Received, Verified};
 
-use super::state::{Election, Job, MAX_STRIKES};
+use super::state::{Call, Election, Job, MAX_STRIKES};
 use super::{Requester, RequesterEffect, event, release};
 use crate::job::{JobError, JobEventKind};
 use crate::lease::Fault;
@@ -154,10 +154,9 @@ impl Requester {
         job.beacons.push(beacon.id);
         let capable = reach.len();
         job.election = Some(Election {
-            beacon: beacon.id,
-            opened: cx.now,
+            call: Call { beacon: beacon.id, opened: cx.now, awaited: reach },
+            window: self.pace.window(&self.config),
             capable,
-            awaited: reach,
             busy: 0,
             free_at: None,
             bids: Vec::new(),
@@ -188,7 +187,7 @@ impl Requester {
             return;
         };
         let (id, score) = (*id, self.eligible(job, from));
-        let open = job.election.as_ref().filter(|election| election.beacon == bid.beacon);
+        let open = job.election.as_ref().filter(|election| election.call.beacon == bid.beacon);
         if open.is_some_and(|election| election.bids.iter().any(|other| other.node == from)) {
             return;
         }
@@ -196,10 +195,10 @@ impl Requester {
         let claimed = f64::from(bid.score_milli) / 1_000.0;
         event(job, JobEventKind::Bid { node: from, score: score.unwrap_or(0.0), claimed }, out);
         let candidate = score.map(|score| self.candidate(cx, id, from, score, bid));
+        self.note_answer(cx.now, from, bid.beacon);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         match (candidate, &mut job.election) {
             (Some(candidate), Some(election)) if is_open => {
-                election.awaited.remove(&from);
                 election.bids.push(candidate);
                 self.check_elections(cx, out);
                 self.reschedule(id);
@@ -223,16 +222,29 @@ impl Requester {
         free_in: Duration,
         out: &mut Outbox<RequesterEffect>,
     ) {
+        if !self.note_answer(cx.now, from, beacon) {
+            return;
+        }
         let Some(job) = self.beacons.get(&beacon).and_then(|id| self.jobs.get_mut(id)) else { return };
-        let open = job.election.as_mut().filter(|election| election.beacon == beacon);
-        let Some(election) = open else { return };
-        if election.awaited.remove(&from) {
+        let id = job.spec.job;
+        if let Some(election) = job.election.as_mut().filter(|election| election.call.beacon == beacon) {
             election.busy += 1;
             election.free_at = earliest(election.free_at, Some(cx.now + free_in));
-            let id = job.spec.job;
             self.check_election(cx, id, out);
             self.reschedule(id);
         }
+    }
+
+    /// Notes that a node answered an announcement, and how long that took. Returns whether it is the node's first answer to it.
+    fn note_answer(&mut self, now: Time, from: NodeId, beacon: BeaconId) -> bool {
+        let Some(job) = self.beacons.get(&beacon).and_then(|id| self.jobs.get_mut(id)) else { return false };
+        let open = job.election.as_mut().map(|election| &mut election.call);
+        let calls = open.into_iter().chain(job.decided.as_mut());
+        let took = calls.filter(|call| call.beacon == beacon).find_map(|call| call.answered(from, now));
+        if let Some(took) = took.filter(|_| from != self.me) {
+            self.pace.take(took, &self.config);
+        }
+        took.is_some()
     }
 
     /// Sees a bidder as the selection rules do: with what the ledger and experience say, not with what it says itself. Its load and
@@ -269,7 +281,7 @@ impl Requester {
     /// Whether a node may still bid of which this requester does not know that it has no slot left for it.
     fn may_hope(&self, election: &Election) -> bool {
         let slots = |node: &NodeId| self.capabilities.get(node).map_or(0, |capability| usize::from(capability.slots));
-        election.awaited.iter().any(|node| self.tied(*node) < slots(node))
+        election.call.awaited.iter().any(|node| self.tied(*node) < slots(node))
     }
 
     /// Closes the open election when it has what it waits for, or gives it up.
@@ -282,7 +294,7 @@ impl Requester {
         if bids == 0 && timed_out {
             let soonest = election.free_at.map(|at| at.since(cx.now));
             let Some(job) = self.jobs.get_mut(&id) else { return };
-            job.election = None;
+            job.end_election();
             job.barren = job.barren.saturating_add(1);
             // Whoever is busy may have a slot before the pause is over, but is not asked all the time.
             let pause = job.back_off(&self.config);
@@ -294,7 +306,7 @@ impl Requester {
     }
 
     fn close(&mut self, cx: &mut Ctx<'_>, id: JobId, out: &mut Outbox<RequesterEffect>) {
-        let Some(election) = self.jobs.get_mut(&id).and_then(|job| job.election.take()) else { return };
+        let Some(election) = self.jobs.get_mut(&id).and_then(Job::end_election) else { return };
         let mut order = self.selector.rank(&election.bids, cx.rng);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         job.barren = 0;
@@ -304,13 +316,13 @@ impl Requester {
         ranked.retain(|candidate| {
             let eligible = self.jobs.get(&id).and_then(|job| self.eligible(job, candidate.node)).is_some();
             if !eligible {
-                release(candidate.node, election.beacon, out);
+                release(candidate.node, election.call.beacon, out);
             }
             eligible
         });
         let winner = (!ranked.is_empty()).then(|| ranked.remove(0));
         for loser in &ranked {
-            release(loser.node, election.beacon, out);
+            release(loser.node, election.call.beacon, out);
         }
         ranked.truncate(MAX_BENCH);
         if let Some(job) = self.jobs.get_mut(&id) {

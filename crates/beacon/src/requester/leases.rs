@@ -181,9 +181,9 @@ impl Requester {
     /// Ends an election that is still open when its job gets a lease otherwise, from the bench: what it would bring is no longer
     /// needed, and must not become a third lease.
     fn dissolve(&mut self, id: JobId, winner: NodeId, out: &mut Outbox<RequesterEffect>) {
-        let Some(election) = self.jobs.get_mut(&id).and_then(|job| job.election.take()) else { return };
+        let Some(election) = self.jobs.get_mut(&id).and_then(Job::end_election) else { return };
         for bidder in election.bids.iter().filter(|bidder| bidder.node != winner) {
-            release(bidder.node, election.beacon, out);
+            release(bidder.node, election.call.beacon, out);
         }
     }
 
@@ -364,7 +364,7 @@ impl Requester {
             job.bench.retain(|candidate| candidate.node != node);
             if let Some(election) = &mut job.election {
                 election.bids.retain(|candidate| candidate.node != node);
-                election.awaited.remove(&node);
+                election.call.awaited.remove(&node);
             }
         }
         for lease in leases {

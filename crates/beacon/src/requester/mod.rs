@@ -21,6 +21,7 @@
 mod election;
 mod leases;
 mod outcome;
+mod pace;
 mod state;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,6 +44,7 @@ use crate::lease::{Fault, FenceClock, LeaseView, hedge_id};
 use crate::reputation::{Reputation, Standing};
 use crate::select::{Selector, reward};
 use leases::{Lost, Revoked};
+use pace::Pace;
 use state::{Held, Job};
 
 /// Nodes whose capabilities are kept.
@@ -145,6 +147,7 @@ pub struct Requester {
     capabilities: BTreeMap<NodeId, Arc<Capability>>,
     quarantined: BTreeSet<NodeId>,
     reputation: Reputation,
+    pace: Pace,
     selector: Box<dyn Selector>,
     jobs: BTreeMap<JobId, Job>,
     /// Beacons of jobs under way, open or decided.
@@ -166,6 +169,7 @@ impl Requester {
         let me = key.node_id();
         Self {
             reputation: Reputation::new(config.reputation, network.clone(), me),
+            pace: Pace::default(),
             selector: config.selection.selector(),
             config,
             network,
@@ -258,6 +262,7 @@ impl Requester {
             spec,
             submitted: cx.now,
             election: None,
+            decided: None,
             beacons: Vec::new(),
             barren: 0,
             bench: Vec::new(),
@@ -309,7 +314,7 @@ impl Requester {
         }
         if let Some(election) = job.election.take() {
             for bidder in &election.bids {
-                release(bidder.node, election.beacon, out);
+                release(bidder.node, election.call.beacon, out);
             }
         }
         for beacon in &job.beacons {

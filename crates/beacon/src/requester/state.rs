@@ -15,15 +15,29 @@ use crate::select::Candidate;
 /// Strikes after which a node gets no further lease of this job, even if nobody else is left.
 pub(super) const MAX_STRIKES: u32 = 2;
 
+/// An announcement and who has not answered it.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) beacon: BeaconId,
+    pub(super) opened: Time,
+    pub(super) awaited: BTreeSet<NodeId>,
+}
+
+impl Call {
+    /// Takes a node's answer. Returns how long it took if it is the node's first.
+    pub(super) fn answered(&mut self, node: NodeId, now: Time) -> Option<Duration> {
+        self.awaited.remove(&node).then(|| now.since(self.opened))
+    }
+}
+
 /// An open announcement.
 #[derive(Debug)]
 pub(super) struct Election {
-    pub(super) beacon: BeaconId,
-    pub(super) opened: Time,
+    pub(super) call: Call,
+    /// How long bids are compared.
+    pub(super) window: Duration,
     /// How many nodes could do it when it was opened.
     pub(super) capable: usize,
-    /// Of those, the ones that have not answered.
-    pub(super) awaited: BTreeSet<NodeId>,
     /// How many answered that they have no free slot, and when the first of them expects one.
     pub(super) busy: usize,
     pub(super) free_at: Option<Time>,
@@ -41,6 +55,8 @@ pub(super) struct Job {
     pub(super) bucket: u64,
     pub(super) submitted: Time,
     pub(super) election: Option<Election>,
+    /// The last announcement that is no longer open: what its stragglers took is worth knowing.
+    pub(super) decided: Option<Call>,
     /// Every beacon sent for it, the open one included.
     pub(super) beacons: Vec<BeaconId>,
     /// Beacons in a row that brought nothing.
@@ -87,8 +103,16 @@ impl Job {
     /// When the election has something to decide.
     pub(super) fn election_timer(&self, config: &BeaconConfig) -> Option<Time> {
         let election = self.election.as_ref()?;
-        let wait = if election.bids.is_empty() { config.patience } else { config.window };
-        Some(election.opened + wait)
+        let wait = if election.bids.is_empty() { config.patience } else { election.window };
+        Some(election.call.opened + wait)
+    }
+
+    /// Ends the open election, whatever comes next.
+    pub(super) fn end_election(&mut self) -> Option<Election> {
+        let mut election = self.election.take()?;
+        let Call { beacon, opened, ref mut awaited } = election.call;
+        self.decided = Some(Call { beacon, opened, awaited: std::mem::take(awaited) });
+        Some(election)
     }
 
     /// Pause before the next beacon, without its jitter.

@@ -99,6 +99,32 @@ fn a_silent_candidate_holds_the_window_to_its_end_and_no_longer() {
 }
 
 #[test]
+fn the_window_learns_how_long_bids_take_over_long_links() {
+    let mut world = world(&[Nature::Honest; 8]);
+    world.asks_only(0);
+    world.crash_at(world.now, 7, false);
+    // A beacon and a bid take 50 to 130 ms each, and one candidate says nothing at all.
+    world.delay = (Duration::from_millis(50), Duration::from_millis(130));
+    for n in 1..=12 {
+        world.submit(0, spec(n, world.now, 10 * SECOND));
+        world.run_for(3 * SECOND);
+    }
+    let bids: Vec<usize> = world
+        .events
+        .iter()
+        .filter_map(|(_, event)| match event.kind {
+            JobEventKind::Elected { bids, .. } => Some(bids),
+            _ => None,
+        })
+        .collect();
+    assert!(bids[0] < 4, "the first window is over before most bids are there: {bids:?}");
+    assert!(bids[4..].iter().all(|&bids| bids == 6), "then all six are compared: {bids:?}");
+    let slowest = world.done.values().map(|(_, done)| done.as_ref().unwrap().election).max().unwrap();
+    assert!(slowest <= BeaconConfig::default().window_max, "{slowest:?}");
+    world.assert_settled(12);
+}
+
+#[test]
 fn a_candidate_that_says_it_is_busy_does_not_hold_the_window() {
     let mut world = world(&[Nature::Honest; 4]);
     world.asks_only(0);
