@@ -10,6 +10,26 @@ use crate::limits::{MAX_BEACON_BYTES, MAX_SMALL_BYTES};
 use crate::signed::{Received, Signable};
 use crate::wall::WallTime;
 
+/// A node's place among those that could answer a beacon: the better match first, equals in an order that is drawn anew for each
+/// beacon and that everybody can compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Encode, Decode, Serialize)]
+pub struct Rank {
+    /// The match score in thousandths.
+    pub score_milli: u16,
+    /// Drawn by [`Rank::of`].
+    pub draw: u32,
+}
+
+impl Rank {
+    /// Returns the rank of a node with that match score.
+    #[must_use]
+    pub fn of(beacon: BeaconId, node: NodeId, score_milli: u16) -> Self {
+        let hash = Hash::derive("chorus beacon draw v1", &[beacon.as_bytes(), node.as_bytes()]);
+        let [a, b, c, d, ..] = *hash.as_bytes();
+        Self { score_milli, draw: u32::from_le_bytes([a, b, c, d]) }
+    }
+}
+
 /// The announcement of a job, gossiped by its requester. It says what is needed, never what is asked.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize)]
 pub struct Beacon {
@@ -31,6 +51,16 @@ pub struct Beacon {
     pub window_ms: u32,
     /// Executors the requester is looking for.
     pub executors: u16,
+    /// The lowest rank that is invited to answer; the default invites everybody who can.
+    pub invited: Rank,
+}
+
+impl Beacon {
+    /// Returns whether a node with that match score is invited to answer.
+    #[must_use]
+    pub fn invites(&self, node: NodeId, score_milli: u16) -> bool {
+        self.invited == Rank::default() || Rank::of(self.id, node, score_milli) >= self.invited
+    }
 }
 
 impl Signable for Beacon {

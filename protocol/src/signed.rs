@@ -100,6 +100,14 @@ impl<T: Signable> Received<T> {
         Ok(verified)
     }
 
+    /// Decodes without checking the signature, for cheap checks that come before it. Nothing of it may be believed.
+    ///
+    /// # Errors
+    /// [`DecodeError`] when the bytes are no `T`.
+    pub fn unverified(&self) -> Result<T, DecodeError> {
+        codec::decode::<T>(T::KIND, &self.0.bytes, T::MAX_BYTES)
+    }
+
     /// Decodes without checking the signature: only for what this node itself verified before it wrote it to its own disk.
     ///
     /// # Errors

@@ -17,7 +17,7 @@
 //!     │◀──────────────│ 6 Append(Receipt) ──▶ ledger              │                   │
 //! ```
 //!
-//! 1. The requester announces what is needed, never what is asked.
+//! 1. The requester announces what is needed, never what is asked. In a large swarm it invites those who match best.
 //! 2. Who can and has a slot bids, and keeps the slot for a moment. Who has none says so, and remembers the beacon while it is open.
 //! 3. The window closes when enough have bid, when all who can have answered, or at its end. Scores come from the ledger
 //!    ([`phi::phi`]).

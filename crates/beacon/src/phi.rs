@@ -45,6 +45,14 @@ pub fn phi(capability: &Capability, requirement: &Requirement) -> Option<f64> {
     Some(score.clamp(0.0, 1.0))
 }
 
+/// Returns a match score in thousandths, as it stands in messages.
+#[must_use]
+pub fn milli(score: f64) -> u16 {
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 0..=1000")]
+    let milli = (score.clamp(0.0, 1.0) * 1_000.0).round() as u16;
+    milli
+}
+
 /// Returns the model with which `capability` would do this, if it has one: the first that is large enough.
 #[must_use]
 pub fn model_for<'a>(capability: &'a Capability, requirement: &Requirement) -> Option<&'a ModelOffer> {

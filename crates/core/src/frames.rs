@@ -83,7 +83,7 @@ impl Node {
             Ok(bytes) => out.push(Effect::Send { to, bytes }),
             Err(error) => {
                 too_large(message.kind(), &error, out);
-                self.route(Route::Requester(RequesterInput::SendFailed { to }));
+                self.send_failed(to);
             }
         }
     }

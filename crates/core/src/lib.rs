@@ -35,6 +35,7 @@ pub use status::{ExecutorStatus, JobStatus, LedgerStatus, Status};
 pub use chorus_beacon::{BeaconConfig, JobError, JobEvent, JobEventKind, RunId, SelectionRule};
 pub use chorus_ledger::{Ledger, LedgerConfig, LedgerEvent, PersistBatch};
 pub use chorus_machine::Time;
+pub use chorus_scheduler::spec::EVENTS_A_RUN;
 pub use chorus_scheduler::{
     AnswerFormat, SchedulerConfig, Strategy, TaskAnswer, TaskError, TaskEvent, TaskEventKind, TaskSpec, Weighting,
 };

@@ -294,8 +294,13 @@ impl Node {
             }
             NetInput::Gossip { token, from, topic, bytes } => self.on_gossip(cx, token, from, topic, &bytes, out),
             NetInput::Direct { from, bytes } => self.on_direct(from, &bytes, out),
-            NetInput::SendFailed { to } => self.route(Route::Requester(RequesterInput::SendFailed { to })),
+            NetInput::SendFailed { to } => self.send_failed(to),
         }
+    }
+
+    pub(crate) fn send_failed(&mut self, to: NodeId) {
+        self.route(Route::Requester(RequesterInput::SendFailed { to }));
+        self.route(Route::Executor(ExecutorInput::SendFailed { to }));
     }
 
     fn on_store(&mut self, input: StoreInput) {
@@ -321,7 +326,7 @@ impl Node {
     fn on_overloaded(&mut self, effect: Effect) {
         use chorus_protocol::job::Failure;
         match effect {
-            Effect::Send { to, .. } => self.route(Route::Requester(RequesterInput::SendFailed { to })),
+            Effect::Send { to, .. } => self.send_failed(to),
             Effect::Persist(PersistBatch { batch, .. }) => {
                 let reason = "the disk cannot keep up".to_owned();
                 self.route(Route::Ledger(LedgerInput::PersistFailed { batch, reason }));

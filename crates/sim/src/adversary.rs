@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use chorus_core::{Effect, Topic};
 use chorus_machine::Rng;
-use chorus_protocol::beacon::Beacon;
+use chorus_protocol::beacon::{Beacon, Rank};
 use chorus_protocol::capability::{Capability, Rate};
 use chorus_protocol::entry::{Body, Entry};
 use chorus_protocol::job::{JobKind, Requirement, Risk};
@@ -295,6 +295,7 @@ fn flood(means: &mut Means<'_>) -> Vec<Attack> {
             deadline: means.wall.plus(Duration::from_secs(30)),
             window_ms: 150,
             executors: 1,
+            invited: Rank::default(),
         };
         let signed = Verified::sign(means.key, means.network, beacon).ok();
         if let Some(bytes) = signed.and_then(|beacon| BeaconGossip(beacon.to_wire()).to_bytes().ok()) {

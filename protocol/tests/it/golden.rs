@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use chorus_protocol::beacon::{Beacon, Bid, Lease, Verdict, Work};
+use chorus_protocol::beacon::{Beacon, Bid, Lease, Rank, Verdict, Work};
 use chorus_protocol::capability::{DeviceKind, Rate};
 use chorus_protocol::entry::Entry;
 use chorus_protocol::job::{Failure, Finish, JobKind, Risk, Role};
@@ -177,6 +177,8 @@ fn direct_frames() {
 fn digests() {
     let (requirement, output, payload) = (samples::requirement(), samples::output(), samples::payload());
     let requirement_bytes = codec::encode(&requirement);
+    let (beacon, node) = (samples::beacon().id, samples::key(samples::EXECUTOR).node_id());
+    let drawn = derive("chorus beacon draw v1", &[beacon.as_bytes(), node.as_bytes()]);
     let made = vec![
         json!({
             "name": "requirement",
@@ -194,12 +196,21 @@ fn digests() {
             "digest": hex::encode(derive("chorus output v1", &[&payload.salt, output.text.as_bytes()])),
         }),
         json!({ "name": "payload", "value": payload, "bytes": hex::encode(codec::encode(&payload)) }),
+        json!({
+            "name": "draw",
+            "context": "chorus beacon draw v1",
+            "beacon": hex::encode(beacon.as_bytes()),
+            "node": hex::encode(node.as_bytes()),
+            "digest": hex::encode(drawn),
+            "draw": u32::from_le_bytes(*drawn.first_chunk().unwrap()),
+        }),
     ];
     let about =
         format!("Digests that stand in other records, and the private payload. {EMBEDDING} The salt is 16 bytes 5a.");
     let written = check("digests", &about, made);
     assert_eq!(requirement.digest().as_bytes().as_slice(), hex_of(&written[0], "digest"));
     assert_eq!(output.digest(&payload.salt).as_bytes().as_slice(), hex_of(&written[1], "digest"));
+    assert_eq!(written[3]["draw"], Rank::of(beacon, node, 0).draw);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Fixed records and frames: the golden vectors are made of them, and so are the hostile variations.
 
-use chorus_protocol::beacon::{Beacon, Bid, Lease, Receipt, Verdict, Work};
+use chorus_protocol::beacon::{Beacon, Bid, Lease, Rank, Receipt, Verdict, Work};
 use chorus_protocol::capability::{Capability, Device, DeviceKind, ModelOffer, Rate, Skill, Tool};
 use chorus_protocol::embedding::DIMENSIONS;
 use chorus_protocol::entry::{Body, Entry, Equivocation};
@@ -135,6 +135,7 @@ pub fn beacon() -> Verified<Beacon> {
             deadline: wall(30_000),
             window_ms: 250,
             executors: 1,
+            invited: Rank { score_milli: 700, draw: 1 << 31 },
         },
     )
 }

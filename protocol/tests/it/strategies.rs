@@ -1,6 +1,6 @@
 //! Proptest strategies for everything that crosses the wire. They are boxed: as nested types they would not fit a stack.
 
-use chorus_protocol::beacon::{Beacon, Bid, Lease, Receipt, Verdict, Work};
+use chorus_protocol::beacon::{Beacon, Bid, Lease, Rank, Receipt, Verdict, Work};
 use chorus_protocol::capability::{Capability, Device, DeviceKind, ModelOffer, Rate, Skill, Tool};
 use chorus_protocol::embedding::DIMENSIONS;
 use chorus_protocol::entry::{Body, Entry, Equivocation};
@@ -175,8 +175,9 @@ pub fn failure() -> BoxedStrategy<Failure> {
 
 pub fn beacon() -> BoxedStrategy<Beacon> {
     let risk = prop::sample::select(vec![Risk::Low, Risk::Medium, Risk::High]);
-    (beacon_id(), job_id(), job_kind(), requirement(), risk, wall(), wall(), int32(), int16())
-        .prop_map(|(id, job, kind, requirement, risk, made, deadline, window_ms, executors)| Beacon {
+    let rank = (int16(), int32()).prop_map(|(score_milli, draw)| Rank { score_milli, draw });
+    (beacon_id(), job_id(), job_kind(), requirement(), risk, wall(), wall(), int32(), int16(), rank)
+        .prop_map(|(id, job, kind, requirement, risk, made, deadline, window_ms, executors, invited)| Beacon {
             id,
             job,
             kind,
@@ -186,6 +187,7 @@ pub fn beacon() -> BoxedStrategy<Beacon> {
             deadline,
             window_ms,
             executors,
+            invited,
         })
         .boxed()
 }

@@ -9,7 +9,7 @@ use chorus_protocol::message::Direct;
 use chorus_protocol::{BeaconId, JobId, NodeId, Verified, WallTime};
 
 use super::{Executor, ExecutorEffect, ExecutorEvent};
-use crate::phi::{phi, time_for};
+use crate::phi::{milli, phi, time_for};
 
 /// Share of a beacon queue that one requester may fill: one in this many.
 const QUEUE_SHARE: usize = 4;
@@ -31,14 +31,20 @@ pub(super) struct Waiting {
 impl Executor {
     pub(super) fn on_beacon(&mut self, cx: &mut Ctx<'_>, beacon: Verified<Beacon>, out: &mut Outbox<ExecutorEffect>) {
         let requester = beacon.author();
-        let fits = self.offer.as_ref().is_some_and(|offer| phi(offer, &beacon.requirement).is_some());
-        if !fits || self.draining || !is_current(&beacon, cx.wall) || self.memory.is_muted(requester, cx.now) {
+        let Some(score) = self.offer.as_ref().and_then(|offer| phi(offer, &beacon.requirement)) else { return };
+        if self.draining || !is_current(&beacon, cx.wall) || self.memory.is_muted(requester, cx.now) {
             return;
         }
         let window = Duration::from_millis(u64::from(beacon.window_ms).min(MAX_BEACON_AGE_MS));
-        let (closes, forget) = (cx.now + window, cx.now + beacon.deadline.since(beacon.made).max(window));
-        let forget = forget.min(cx.now + super::runs::MAX_JOB_LIFE);
+        let closes = cx.now + window;
+        // As long as a copy passes for current, and as long as a lease may refer to it.
+        let life = beacon.deadline.since(beacon.made).min(super::runs::MAX_JOB_LIFE);
+        let forget = cx.now + life.max(super::memory::KEEP_HEARD);
         if !self.memory.hear(beacon.id, requester, beacon.made, cx.now, forget) {
+            return;
+        }
+        if requester != self.me && !beacon.invites(self.me, milli(score)) {
+            // Enough better ones are asked; should they not be enough, a new beacon invites more.
             return;
         }
         if self.free() > 0 {
@@ -149,10 +155,4 @@ fn is_current(beacon: &Beacon, wall: WallTime) -> bool {
     age <= Duration::from_millis(MAX_BEACON_AGE_MS)
         && ahead <= Duration::from_millis(MAX_CLOCK_SKEW_MS)
         && beacon.deadline > beacon.made
-}
-
-fn milli(score: f64) -> u16 {
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 0..=1000")]
-    let milli = (score.clamp(0.0, 1.0) * 1_000.0).round() as u16;
-    milli
 }

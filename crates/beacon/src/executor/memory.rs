@@ -6,13 +6,18 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use chorus_machine::Time;
+use chorus_protocol::limits::{MAX_BEACON_AGE_MS, MAX_CLOCK_SKEW_MS};
 use chorus_protocol::message::Direct;
 use chorus_protocol::{BeaconId, JobId, NodeId, WallTime};
 
 /// Beacons remembered, to answer each once.
-const MAX_HEARD: usize = 4_096;
-/// Beacons remembered of one requester.
-const MAX_HEARD_EACH: usize = 512;
+const MAX_HEARD: usize = 32_768;
+/// Beacons remembered of one requester: 45 a second for as long as they are remembered.
+const MAX_HEARD_EACH: usize = 4_096;
+/// How long a beacon is remembered at least: while a copy of it could still pass for current, by whatever clock.
+pub(super) const KEEP_HEARD: Duration = Duration::from_millis(MAX_BEACON_AGE_MS + MAX_CLOCK_SKEW_MS);
+/// How often what has had its time is looked for.
+const PURGE_EVERY: Duration = Duration::from_secs(5);
 /// Tokens remembered, over all requesters and of one.
 const MAX_TOKENS: usize = 16_384;
 const MAX_TOKENS_EACH: usize = 1_024;
@@ -31,7 +36,6 @@ const MAX_MUTE: Duration = Duration::from_secs(60);
 /// A beacon that was heard: the reference for its requester's clock.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Heard {
-    requester: NodeId,
     pub(super) arrived: Time,
     pub(super) made: WallTime,
     until: Time,
@@ -54,35 +58,45 @@ struct Kept {
 
 #[derive(Debug, Default)]
 pub(super) struct Memory {
-    heard: BTreeMap<BeaconId, Heard>,
+    /// By requester: nobody can use up another's id or another's room.
+    heard: BTreeMap<NodeId, BTreeMap<BeaconId, Heard>>,
+    heard_in_all: usize,
     /// The highest token seen per requester and job, granted or cancelled.
     tokens: BTreeMap<(NodeId, JobId), Token>,
     outcomes: VecDeque<Kept>,
     wasters: BTreeMap<NodeId, (u32, Time)>,
+    purge_at: Time,
 }
 
 impl Memory {
-    /// Notes a beacon. Returns false when it was heard before, or when its requester has flooded.
+    /// Notes a beacon until `until`. Returns false when it was heard before, or when its requester has flooded.
     pub(super) fn hear(&mut self, beacon: BeaconId, requester: NodeId, made: WallTime, now: Time, until: Time) -> bool {
-        if self.heard.contains_key(&beacon) {
+        if self.heard_in_all >= MAX_HEARD {
+            self.forget_heard(now);
+        }
+        let own = self.heard.get(&requester);
+        if own.is_some_and(|own| own.contains_key(&beacon) || own.len() >= MAX_HEARD_EACH) {
             return false;
         }
-        if self.heard.len() >= MAX_HEARD {
-            self.heard.retain(|_, heard| heard.until > now);
-        }
-        // Counting is needed only near the limit of all.
-        let crowded = self.heard.len() >= MAX_HEARD_EACH;
-        let own = if crowded { self.heard.values().filter(|heard| heard.requester == requester).count() } else { 0 };
-        if self.heard.len() >= MAX_HEARD || own >= MAX_HEARD_EACH {
+        if self.heard_in_all >= MAX_HEARD {
             return false;
         }
-        self.heard.insert(beacon, Heard { requester, arrived: now, made, until });
+        self.heard.entry(requester).or_default().insert(beacon, Heard { arrived: now, made, until });
+        self.heard_in_all += 1;
         true
+    }
+
+    fn forget_heard(&mut self, now: Time) {
+        self.heard.retain(|_, own| {
+            own.retain(|_, heard| heard.until > now);
+            !own.is_empty()
+        });
+        self.heard_in_all = self.heard.values().map(BTreeMap::len).sum();
     }
 
     /// Returns when and with which clock reading a requester's beacon came.
     pub(super) fn heard(&self, beacon: BeaconId, requester: NodeId) -> Option<Heard> {
-        self.heard.get(&beacon).copied().filter(|heard| heard.requester == requester)
+        self.heard.get(&requester)?.get(&beacon).copied()
     }
 
     /// Returns whether a token is no newer than one already seen for this job.
@@ -157,9 +171,13 @@ impl Memory {
         self.wasters.get(&requester).is_some_and(|(_, until)| *until > now)
     }
 
-    /// Forgets what has had its time.
+    /// Forgets what has had its time, once in a while.
     pub(super) fn purge(&mut self, now: Time) {
-        self.heard.retain(|_, heard| heard.until > now);
+        if now < self.purge_at {
+            return;
+        }
+        self.purge_at = now + PURGE_EVERY;
+        self.forget_heard(now);
         self.tokens.retain(|_, token| token.until > now);
         self.outcomes.retain(|kept| kept.until > now);
     }
@@ -185,9 +203,20 @@ mod tests {
         assert!(memory.see(id(2), job, 7, Time::ZERO, SOON), "another requester still has room");
         assert!(memory.hear(BeaconId::from_bytes([9; 16]), id(2), WallTime::default(), Time::ZERO, SOON));
         assert!(!memory.see(id(1), job, 7, Time::ZERO, SOON));
-        assert_eq!((memory.tokens.len(), memory.heard.len()), (MAX_TOKENS_EACH + 1, MAX_HEARD_EACH + 1));
+        assert_eq!((memory.tokens.len(), memory.heard_in_all), (MAX_TOKENS_EACH + 1, MAX_HEARD_EACH + 1));
         memory.purge(SOON);
         assert!(memory.see(id(1), job, 7, SOON, SOON));
+        assert_eq!((memory.heard_in_all, memory.heard.len()), (0, 0));
+    }
+
+    #[test]
+    fn an_id_is_its_requester_s_own() {
+        let mut memory = Memory::default();
+        let beacon = BeaconId::from_bytes([1; 16]);
+        assert!(memory.hear(beacon, id(1), WallTime::default(), Time::ZERO, SOON));
+        assert!(!memory.hear(beacon, id(1), WallTime::default(), Time::ZERO, SOON));
+        assert!(memory.hear(beacon, id(2), WallTime::default(), Time::ZERO, SOON), "taken by nobody else");
+        assert!(memory.heard(beacon, id(1)).is_some() && memory.heard(beacon, id(3)).is_none());
     }
 
     #[test]

@@ -59,6 +59,11 @@ pub enum ExecutorInput {
     },
     /// The connection to a node is gone.
     PeerDown(NodeId),
+    /// A message to a node could not be sent.
+    SendFailed {
+        /// To whom.
+        to: NodeId,
+    },
     /// The engine made more text.
     Progress {
         /// For which run.
@@ -257,6 +262,16 @@ impl Executor {
         }
     }
 
+    /// A bid may not have arrived, so no slot is kept for its requester; a grant that comes all the same finds one that is free. A
+    /// run goes on: its requester asks for what it missed.
+    fn send_failed(&mut self, cx: &mut Ctx<'_>, to: NodeId, out: &mut Outbox<ExecutorEffect>) {
+        let before = self.reservations.len();
+        self.reservations.retain(|(requester, _), _| *requester != to);
+        if self.reservations.len() < before {
+            self.serve_waiting(cx, out);
+        }
+    }
+
     fn peer_down(&mut self, cx: &mut Ctx<'_>, peer: NodeId, out: &mut Outbox<ExecutorEffect>) {
         self.reservations.retain(|(requester, _), _| *requester != peer);
         self.waiting.retain(|waiting| waiting.beacon.author() != peer);
@@ -290,6 +305,7 @@ impl Machine for Executor {
                 other => out.push(ExecutorEffect::Penalise { peer: from, reason: Fault::OutOfRole(other.kind()) }),
             },
             ExecutorInput::PeerDown(peer) => self.peer_down(cx, peer, out),
+            ExecutorInput::SendFailed { to } => self.send_failed(cx, to, out),
             ExecutorInput::Progress { run, tokens, text } => self.on_progress(cx, run, tokens, &text, out),
             ExecutorInput::Done { run, result } => {
                 self.finish(cx, run, result, out);

@@ -5,18 +5,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chorus_machine::{Ctx, Outbox, Time, earliest};
-use chorus_protocol::beacon::{Beacon, Bid};
+use chorus_protocol::beacon::{Beacon, Bid, Rank};
 use chorus_protocol::{BeaconId, JobId, NodeId, Received, Verified};
 
 use super::state::{Call, Election, Job, MAX_STRIKES};
 use super::{Requester, RequesterEffect, event, release};
 use crate::job::{JobError, JobEventKind};
 use crate::lease::Fault;
-use crate::phi::{claimed_time, phi, why_nobody};
+use crate::phi::{claimed_time, milli, phi, why_nobody};
 use crate::select::Candidate;
 
 /// Bidders that are remembered beside the winner.
 const MAX_BENCH: usize = 16;
+/// Nodes that a job's first beacon invites for each bid at which its window closes: some are busy, and some are far away.
+const INVITED_PER_BID: usize = 3;
+/// Each further beacon of a job invites more by this power of two.
+const INVITED_GROWTH_LOG2: u32 = 2;
 
 impl Requester {
     /// Gives a job what it needs next: a lease, a rival, a beacon, an end, or nothing.
@@ -95,9 +99,26 @@ impl Requester {
         phi(self.capabilities.get(&node)?, &job.spec.requirement)
     }
 
-    /// Whom a beacon may reach: nodes that can do the job and are not ruled out.
-    fn reach(&self, job: &Job) -> BTreeSet<NodeId> {
-        self.capabilities.keys().copied().filter(|node| self.eligible(job, *node).is_some()).collect()
+    /// Whom a beacon may reach: nodes that can do the job and are not ruled out, and how well they match.
+    fn reach(&self, job: &Job) -> Vec<(NodeId, u16)> {
+        let score = |node: &NodeId| self.eligible(job, *node).map(|score| (*node, milli(score)));
+        self.capabilities.keys().filter_map(score).collect()
+    }
+
+    /// Whom a beacon invites: everybody in a small swarm; in a large one as many of the best as the election needs, and more of
+    /// them each time that those before did not bid. A thousand bids for one lease would reserve a thousand slots.
+    fn invite(&self, beacon: BeaconId, reach: &[(NodeId, u16)], barren: u32) -> (Rank, BTreeSet<NodeId>) {
+        let growth = 1usize.checked_shl(barren.saturating_mul(INVITED_GROWTH_LOG2)).unwrap_or(usize::MAX);
+        let most = self.config.close_at.saturating_mul(INVITED_PER_BID).saturating_mul(growth);
+        if reach.len() <= most {
+            return (Rank::default(), reach.iter().map(|(node, _)| *node).collect());
+        }
+        let mut ranks: Vec<(Rank, NodeId)> =
+            reach.iter().map(|&(node, score)| (Rank::of(beacon, node, score), node)).collect();
+        ranks.sort_unstable();
+        let lowest = ranks[ranks.len() - most].0;
+        let invited = |&&(rank, node): &&(Rank, NodeId)| rank >= lowest || node == self.me;
+        (lowest, ranks.iter().filter(invited).map(|(_, node)| *node).collect())
     }
 
     /// Publishes a beacon, or finds out that there is nobody to read it.
@@ -114,7 +135,7 @@ impl Requester {
         } else if reach.is_empty() {
             self.nobody(cx, id, out);
         } else {
-            self.publish(cx, id, reach, out);
+            self.publish(cx, id, &reach, out);
         }
     }
 
@@ -135,10 +156,13 @@ impl Requester {
         }
     }
 
-    fn publish(&mut self, cx: &mut Ctx<'_>, id: JobId, reach: BTreeSet<NodeId>, out: &mut Outbox<RequesterEffect>) {
+    fn publish(&mut self, cx: &mut Ctx<'_>, id: JobId, reach: &[(NodeId, u16)], out: &mut Outbox<RequesterEffect>) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        let beacon_id = BeaconId::from_bytes(cx.rng.bytes());
+        let (lowest, invited) = self.invite(beacon_id, reach, job.barren);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let beacon = Beacon {
-            id: BeaconId::from_bytes(cx.rng.bytes()),
+            id: beacon_id,
             job: id,
             kind: job.spec.kind,
             requirement: job.spec.requirement.clone(),
@@ -147,6 +171,7 @@ impl Requester {
             deadline: cx.wall.plus(job.spec.deadline.since(cx.now)),
             window_ms: u32::try_from(self.config.patience.as_millis()).unwrap_or(u32::MAX),
             executors: 1,
+            invited: lowest,
         };
         let beacon = Verified::sign(&self.key, &self.network, beacon)
             .expect("a requirement's lists are bounded so that a beacon stays below its limit");
@@ -154,7 +179,8 @@ impl Requester {
         job.beacons.push(beacon.id);
         let capable = reach.len();
         job.election = Some(Election {
-            call: Call { beacon: beacon.id, opened: cx.now, awaited: reach },
+            more: invited.len() < capable,
+            call: Call { beacon: beacon.id, opened: cx.now, awaited: invited },
             window: self.pace.window(&self.config),
             capable,
             busy: 0,
@@ -173,12 +199,27 @@ impl Requester {
         bid: Received<Bid>,
         out: &mut Outbox<RequesterEffect>,
     ) {
+        // A signature costs more than everything else here, and most bids of a crowd come too late.
+        if let Ok(Bid { beacon, .. }) = bid.unverified()
+            && !self.is_of_use(from, beacon)
+        {
+            self.note_answer(cx.now, from, beacon);
+            release(from, beacon, out);
+            return;
+        }
         let fault = match bid.verify(&self.network) {
             Err(_) => Fault::BadSignature("bid"),
             Ok(bid) if bid.author() != from || bid.requester != self.me => Fault::WrongParty("bid"),
             Ok(bid) => return self.on_honest_bid(cx, from, &bid, out),
         };
         out.push(RequesterEffect::Penalise { peer: from, reason: fault });
+    }
+
+    /// Whether a node's bid could still win: its election is open, or the bench of its job has room.
+    fn is_of_use(&self, from: NodeId, beacon: BeaconId) -> bool {
+        let Some(job) = self.beacons.get(&beacon).and_then(|id| self.jobs.get(id)) else { return false };
+        let open = job.election.as_ref().is_some_and(|election| election.call.beacon == beacon);
+        open || (job.bench.len() < MAX_BENCH && self.eligible(job, from).is_some())
     }
 
     fn on_honest_bid(&mut self, cx: &mut Ctx<'_>, from: NodeId, bid: &Bid, out: &mut Outbox<RequesterEffect>) {
@@ -207,7 +248,6 @@ impl Requester {
                 release(from, bid.beacon, out);
                 let known = job.bench.iter().any(|other| other.node == from);
                 job.bench.extend(late.filter(|_| !known));
-                job.bench.truncate(MAX_BENCH);
             }
         }
     }
@@ -294,8 +334,12 @@ impl Requester {
         if bids == 0 && timed_out {
             let soonest = election.free_at.map(|at| at.since(cx.now));
             let Some(job) = self.jobs.get_mut(&id) else { return };
-            job.end_election();
+            let more = job.end_election().is_some_and(|election| election.more);
             job.barren = job.barren.saturating_add(1);
+            if more {
+                self.advance(cx, id, out);
+                return;
+            }
             // Whoever is busy may have a slot before the pause is over, but is not asked all the time.
             let pause = job.back_off(&self.config);
             let pause = soonest.map_or(pause, |soonest| pause.min(soonest.max(self.config.back_off)));

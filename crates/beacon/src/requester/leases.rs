@@ -172,6 +172,7 @@ impl Requester {
             confirmed: false,
             last_sign: cx.now,
             probed: false,
+            doubted: None,
             next_index: 0,
         };
         self.leases.insert(lease_id, held);
@@ -354,12 +355,43 @@ impl Requester {
         }
     }
 
+    /// A message to a node could not be sent. What it was is unknown: a grant that did not arrive, or a release that nobody misses.
+    ///
+    /// A lease that was never confirmed is lost at once. Behind a confirmed one there is a run that may be well and whose next word
+    /// may be on its way: its executor is asked after a moment, and if that question cannot be sent either, it is lost too.
+    pub(super) fn send_failed(&mut self, cx: &mut Ctx<'_>, node: NodeId, out: &mut Outbox<RequesterEffect>) {
+        let ask_at = cx.now + self.config.back_off;
+        let (mut lost, mut doubted) = (Vec::new(), Vec::new());
+        for (id, held) in self.leases.iter_mut().filter(|(_, held)| held.executor() == node) {
+            if held.confirmed && !held.probed {
+                held.doubted.get_or_insert(ask_at);
+                doubted.push(held.job);
+            } else {
+                lost.push(*id);
+            }
+        }
+        self.forget_bids(node);
+        for job in doubted {
+            self.reschedule(job);
+        }
+        for lease in lost {
+            self.lose(cx, lease, Lost::Unreachable, out);
+        }
+        self.check_elections(cx, out);
+    }
+
     /// A node is gone, or is not to be dealt with any more: its leases and bids are void.
     pub(super) fn node_gone(&mut self, cx: &mut Ctx<'_>, node: NodeId, lost: Lost, out: &mut Outbox<RequesterEffect>) {
-        // One message that could not be sent says nothing about a run that has shown signs of life since.
-        let unconfirmed_only = matches!(lost, Lost::Unreachable);
-        let void = |held: &Held| held.executor() == node && !(unconfirmed_only && held.confirmed);
-        let leases: Vec<JobId> = self.leases.iter().filter(|(_, held)| void(held)).map(|(id, _)| *id).collect();
+        let void = |(id, held): (&JobId, &Held)| (held.executor() == node).then_some(*id);
+        let leases: Vec<JobId> = self.leases.iter().filter_map(void).collect();
+        self.forget_bids(node);
+        for lease in leases {
+            self.lose(cx, lease, lost.clone(), out);
+        }
+        self.check_elections(cx, out);
+    }
+
+    fn forget_bids(&mut self, node: NodeId) {
         for job in self.jobs.values_mut() {
             job.bench.retain(|candidate| candidate.node != node);
             if let Some(election) = &mut job.election {
@@ -367,9 +399,5 @@ impl Requester {
                 election.call.awaited.remove(&node);
             }
         }
-        for lease in leases {
-            self.lose(cx, lease, lost.clone(), out);
-        }
-        self.check_elections(cx, out);
     }
 }

@@ -459,7 +459,7 @@ impl Machine for Requester {
             RequesterInput::Cancel(job) => self.finish(cx, job, Err(JobError::Cancelled), out),
             RequesterInput::Direct { from, message } => self.on_direct(cx, from, message, out),
             RequesterInput::PeerDown(node) => self.node_gone(cx, node, Lost::PeerDown, out),
-            RequesterInput::SendFailed { to } => self.node_gone(cx, to, Lost::Unreachable, out),
+            RequesterInput::SendFailed { to } => self.send_failed(cx, to, out),
         }
     }
 

@@ -36,6 +36,8 @@ pub(super) struct Election {
     pub(super) call: Call,
     /// How long bids are compared.
     pub(super) window: Duration,
+    /// Whether more nodes could do it than were invited.
+    pub(super) more: bool,
     /// How many nodes could do it when it was opened.
     pub(super) capable: usize,
     /// How many answered that they have no free slot, and when the first of them expects one.
@@ -103,7 +105,13 @@ impl Job {
     /// When the election has something to decide.
     pub(super) fn election_timer(&self, config: &BeaconConfig) -> Option<Time> {
         let election = self.election.as_ref()?;
-        let wait = if election.bids.is_empty() { config.patience } else { election.window };
+        let wait = match (election.bids.is_empty(), election.more) {
+            (false, _) => election.window,
+            (true, false) => config.patience,
+            // Nobody who was invited has a free slot: others have.
+            (true, true) if election.call.awaited.is_empty() => Duration::ZERO,
+            (true, true) => config.window_max,
+        };
         Some(election.call.opened + wait)
     }
 
@@ -141,6 +149,8 @@ pub(super) struct Held {
     pub(super) last_sign: Time,
     /// Whether the grant was repeated since the last sign of life.
     pub(super) probed: bool,
+    /// When it is repeated because a message could not be sent, if that is before the silence has lasted half of its time.
+    pub(super) doubted: Option<Time>,
     pub(super) next_index: u32,
 }
 
@@ -157,7 +167,11 @@ impl Held {
     /// When silence is acted on: a repeated grant at half, the loss of the lease at the end.
     pub(super) fn silence_timer(&self, config: &BeaconConfig) -> Time {
         let silence = self.silence(config);
-        self.last_sign + if self.probed { silence } else { silence / 2 }
+        if self.probed {
+            return self.last_sign + silence;
+        }
+        let due = self.last_sign + silence / 2;
+        self.doubted.map_or(due, |doubted| doubted.min(due))
     }
 
     /// When a rival is due, by the policy.
@@ -180,6 +194,7 @@ impl Held {
         self.confirmed = true;
         self.last_sign = now;
         self.probed = false;
+        self.doubted = None;
     }
 }
 

@@ -212,7 +212,7 @@ fn a_grant_that_cannot_be_sent_goes_to_the_next() {
     world.run_for(20 * SECOND);
     assert!(world.result(1).is_ok());
     assert!(world.elected().iter().any(|(node, ..)| *node == id(3)));
-    // Once there was a sign of life, one failed message is not the end of the run.
+    // Once there was a sign of life, one failed message is not the end of the run: its executor is asked, and answers.
     let mut world = self::world(&[Nature::Honest; 3]);
     let job = prefer_node_1(&mut world);
     world.submit(0, job);
@@ -220,6 +220,46 @@ fn a_grant_that_cannot_be_sent_goes_to_the_next() {
     world.requester(0, RequesterInput::SendFailed { to: id(2) });
     world.run_for(20 * SECOND);
     assert_eq!(world.result(1).as_ref().unwrap().executor, id(2));
+}
+
+#[test]
+fn a_run_whose_executor_cannot_be_asked_either_is_lost_without_waiting_for_its_silence() {
+    let mut world = world(&[Nature::Honest; 3]);
+    world.run_time = 8 * SECOND;
+    let job = prefer_node_1(&mut world);
+    world.submit(0, job);
+    world.run_for(Duration::from_millis(200));
+    assert!(world.nodes[0].requester.leases().all(|lease| lease.confirmed && lease.executor == id(2)));
+    let grants = |world: &World| world.sent.get("grant").copied().unwrap_or(0);
+    let (before, failed_at) = (grants(&world), world.now);
+    // Its machine is gone; the first message that finds out is any.
+    world.crash_at(world.now, 1, false);
+    world.requester(0, RequesterInput::SendFailed { to: id(2) });
+    world.requester(0, RequesterInput::SendFailed { to: id(2) });
+    assert_eq!(grants(&world), before, "a burst of failures at one moment is one sign");
+    world.run_for(BeaconConfig::default().back_off);
+    assert_eq!(grants(&world), before + 1, "it is asked where the run stands");
+    world.requester(0, RequesterInput::SendFailed { to: id(2) });
+    assert_eq!(world.elected().last().map(|(node, ..)| *node), Some(id(3)));
+    assert!(world.now < failed_at + SECOND, "and not after {:?} of silence", BeaconConfig::default().silence_timeout);
+    let now = world.now;
+    assert!(world.nodes[0].requester.standing(id(2), now).mean() > 0.6, "a broken link is not its fault");
+}
+
+#[test]
+fn a_bid_that_cannot_be_sent_keeps_no_slot() {
+    let mut world = world(&[Nature::Honest; 2]);
+    world.submit(0, spec(1, world.now, 20 * SECOND));
+    while world.nodes[1].executor.reserved() == 0 {
+        world.run_for(Duration::from_micros(100));
+    }
+    world.executor(1, ExecutorInput::SendFailed { to: id(3) });
+    assert_eq!(world.nodes[1].executor.reserved(), 1, "somebody else's link");
+    world.executor(1, ExecutorInput::SendFailed { to: id(1) });
+    assert_eq!(world.nodes[1].executor.free(), 1);
+    world.run_for(20 * SECOND);
+    assert!(world.result(1).is_ok(), "the bid arrived all the same, and the grant finds the slot free");
+    world.assert_settled(1);
 }
 
 #[test]
@@ -289,6 +329,32 @@ fn a_run_ends_at_its_deadline_on_both_sides() {
 }
 
 #[test]
+fn a_beacon_is_answered_once_for_as_long_as_its_copies_pass_for_current() {
+    let mut world = world(&[Nature::Honest; 2]);
+    world.nodes[0].alive = false;
+    // Made by a clock that is as far ahead as is borne, about a job that is over in a second.
+    let made = 1_700_000_000_000 + 59_000;
+    let beacon = chorus_protocol::beacon::Beacon {
+        id: chorus_protocol::BeaconId::from_bytes([1; 16]),
+        job: JobId::from_bytes([1; 16]),
+        kind: chorus_protocol::job::JobKind::Answer,
+        requirement: Default::default(),
+        risk: Default::default(),
+        made: chorus_protocol::WallTime::from_millis(made),
+        deadline: chorus_protocol::WallTime::from_millis(made + 1_000),
+        window_ms: 100,
+        executors: 1,
+        invited: Default::default(),
+    };
+    let beacon = chorus_protocol::Verified::sign(&testing::key(1), &testing::network(), beacon).unwrap();
+    for _ in 0..95 {
+        world.executor(1, ExecutorInput::Beacon(beacon.clone()));
+        world.run_for(SECOND);
+    }
+    assert_eq!(world.sent.get("bid"), Some(&1));
+}
+
+#[test]
 fn a_flood_of_beacons_reserves_one_slot_at_a_time_and_then_nothing() {
     let mut world = world(&[Nature::Honest; 2]);
     world.nodes[0].alive = false;
@@ -305,6 +371,7 @@ fn a_flood_of_beacons_reserves_one_slot_at_a_time_and_then_nothing() {
             deadline: chorus_protocol::WallTime::from_millis(1_700_000_600_000),
             window_ms: 30_000,
             executors: 1,
+            invited: Default::default(),
         };
         let beacon = chorus_protocol::Verified::sign(&testing::key(9), &testing::network(), beacon);
         world.executor(1, ExecutorInput::Beacon(beacon.unwrap()));

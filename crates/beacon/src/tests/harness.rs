@@ -149,7 +149,7 @@ impl World {
         for other in 0..self.nodes.len() {
             self.requester(other, RequesterInput::Capability { node: id, capability: None });
         }
-        self.executor(node, ExecutorInput::Offer { capability: testing::shared(1), slots: 0 });
+        self.executor(node, ExecutorInput::Offer { capability: testing::shared(0), slots: 0 });
         self.nodes[node].slots = 0;
     }
 

@@ -409,3 +409,37 @@ fn a_busy_answer_counts_once_for_a_candidate_and_never_for_a_stranger() {
     say(&mut siege, 2, bid(2));
     assert_eq!(siege.granted.iter().map(|lease| lease.to).collect::<Vec<_>>(), [id(2)]);
 }
+
+/// What comes too late costs no signature check, and is answered with a release.
+#[test]
+fn bids_that_cannot_win_are_turned_away_unverified() {
+    let mut siege = Siege::new(1);
+    let forged = |siege: &mut Siege, from: u8, beacon: BeaconId| {
+        // Node 9 signed it, whoever sends it.
+        let message = Direct::Bid(bid(9, 1, beacon, (1_000, 0, 2, 5, 1_000)));
+        let mut out = Outbox::new();
+        let input = RequesterInput::Direct { from: id(from), message };
+        siege.requester.handle(&mut Siege::cx(siege.now, &mut siege.rng), input, &mut out);
+        out.drain()
+            .map(|effect| match effect {
+                RequesterEffect::Send { to, message } => format!("{} to {}", message.kind(), number_of(to)),
+                RequesterEffect::Penalise { peer, .. } => format!("penalty for {}", number_of(peer)),
+                other => format!("{other:?}"),
+            })
+            .collect::<Vec<_>>()
+    };
+    let open = siege.beacons[0];
+    assert_eq!(forged(&mut siege, 2, open), ["penalty for 2"], "a bid to an open election is verified");
+    assert_eq!(forged(&mut siege, 2, BeaconId::from_bytes([7; 16])), ["release to 2"], "nobody announced that");
+    for node in 1..4 {
+        siege.deliver(Step {
+            holder: false,
+            node,
+            back: siege.beacons.len() - 1,
+            recipe: Recipe::Bid { signer: node, to: 1, numbers: (1_000, 0, 2, 5, 1_000) },
+            wait_ms: 0,
+        });
+    }
+    assert_eq!(siege.granted.len(), 1, "all candidates have bid");
+    assert_eq!(forged(&mut siege, 5, open), ["release to 5"], "it is decided, and a stranger is no candidate");
+}

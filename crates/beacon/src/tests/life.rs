@@ -298,3 +298,73 @@ fn reputation_and_pace_follow_what_happened() {
     // Promised: 4 tokens read at 500/s, 2 written at 50/s: 48 ms. Taken: 400 ms.
     assert!(standing.slowdown > 4.0 && standing.slowdown < 9.0, "{standing:?}");
 }
+
+/// Node 0 asks, all others work; the first `skilled` of them carry the tag that is asked for.
+fn crowd(workers: usize, skilled: usize) -> (World, Requirement) {
+    let mut world = world(&vec![Nature::Honest; workers + 1]);
+    world.asks_only(0);
+    let math = || chorus_protocol::List::truncated([Text::truncated("math")]);
+    let mut capable = capability(1, 4096);
+    capable.skills = chorus_protocol::List::truncated([skill(&["math"], None)]);
+    for node in 1..=skilled {
+        world.offer(node, 1, capable.clone());
+    }
+    (world, Requirement { tags: math(), ..Requirement::default() })
+}
+
+#[test]
+fn a_small_swarm_is_asked_whole_and_of_a_large_one_the_best() {
+    for (workers, skilled, bids) in [(24, 3, 24), (60, 24, 24), (60, 5, 24), (60, 40, 24)] {
+        let (mut world, requirement) = crowd(workers, skilled);
+        world.submit(0, JobSpec { requirement, ..spec(1, world.now, 10 * SECOND) });
+        world.run_for(10 * SECOND);
+        assert_eq!(world.sent.get("bid"), Some(&bids), "{skilled} of {workers}");
+        assert_eq!(world.sent.get("busy"), None);
+        let done = world.result(1).as_ref().unwrap();
+        assert_eq!(done.leases, 1);
+        assert!(done.score == 1.0 || skilled < 24, "all who were invited carry the tag");
+        assert!(done.election < Duration::from_millis(20), "{:?}", done.election);
+        world.assert_settled(1);
+    }
+}
+
+#[test]
+fn equals_are_invited_in_turn() {
+    let (mut world, _) = crowd(60, 0);
+    let mut bidders = std::collections::BTreeSet::new();
+    for n in 1..=8 {
+        world.submit(0, spec(n, world.now, 5 * SECOND));
+        world.run_for(SECOND);
+    }
+    bidders.extend(world.events.iter().filter_map(|(_, event)| match event.kind {
+        JobEventKind::Bid { node, .. } => Some(node),
+        _ => None,
+    }));
+    assert!(bidders.len() > 40, "eight draws of 24 among 60 leave out few: {}", bidders.len());
+}
+
+#[test]
+fn when_the_invited_are_busy_or_silent_more_are_invited() {
+    let (mut world, requirement) = crowd(60, 24);
+    for n in 1..=24 {
+        world.submit(0, JobSpec { requirement: requirement.clone(), ..spec(n, world.now, 10 * SECOND) });
+        world.run_for(Duration::from_millis(8));
+    }
+    let job = JobSpec { requirement: requirement.clone(), ..spec(25, world.now, 10 * SECOND) };
+    world.submit(0, job);
+    world.run_for(10 * SECOND);
+    let done = world.result(25).as_ref().unwrap();
+    assert_eq!(done.score, 0.0, "all who carry the tag were busy");
+    assert!(done.election < Duration::from_millis(30), "they said so: {:?}", done.election);
+    // Now they are dead, and nobody knows.
+    for node in 1..=24 {
+        world.crash_at(world.now, node, false);
+    }
+    world.run_for(Duration::from_millis(1));
+    world.submit(0, JobSpec { requirement, ..spec(26, world.now, 10 * SECOND) });
+    world.run_for(10 * SECOND);
+    let done = world.result(26).as_ref().unwrap();
+    let most = BeaconConfig::default().window_max * 2;
+    assert!(done.score == 0.0 && done.election < most, "{:?}", done.election);
+    world.assert_settled(26);
+}
