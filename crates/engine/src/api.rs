@@ -138,6 +138,8 @@ impl GenerateRequest {
 pub struct Chunk {
     /// Text that follows what was sent before.
     pub text: String,
+    /// Tokens made so far, from the answer's first on. Those whose text is not certain yet, or has none, count too.
+    pub tokens: u32,
 }
 
 /// Why an answer ended.

@@ -23,6 +23,7 @@ use tokio::sync::Semaphore;
 use crate::{
     EngineError, ModelInfo, ModelSource,
     loader::panic_text,
+    run::count,
     source::{self, Inspection},
 };
 
@@ -40,6 +41,15 @@ const MAX_TEXTS: usize = 1_024;
 const MAX_TEXT_BYTES: usize = 16 << 10;
 /// Calls that wait for the one that runs.
 const MAX_WAITING: usize = 64;
+
+/// Embeddings of a few texts.
+#[derive(Clone, Debug, Default)]
+pub struct Embedded {
+    /// One embedding a text, in their order.
+    pub embeddings: Vec<Embedding>,
+    /// Tokens read: what was cut off does not count, the two that the model wants around every text do.
+    pub tokens: u32,
+}
 
 /// The embedding model.
 #[derive(Clone)]
@@ -91,7 +101,7 @@ impl Embedder {
     ///
     /// [`EngineError::InvalidRequest`] for more than 1,024 texts, [`EngineError::Overloaded`] if too
     /// many calls wait.
-    pub async fn embed(&self, texts: &[String]) -> Result<Vec<Embedding>, EngineError> {
+    pub async fn embed(&self, texts: &[String]) -> Result<Embedded, EngineError> {
         if texts.len() > MAX_TEXTS {
             return Err(EngineError::InvalidRequest {
                 reason: format!("{} texts to embed; at most {MAX_TEXTS} at once", texts.len()),
@@ -115,10 +125,11 @@ impl Embedder {
 }
 
 impl Inner {
-    fn embed(&self, texts: &[String]) -> Result<Vec<Embedding>, String> {
+    fn embed(&self, texts: &[String]) -> Result<Embedded, String> {
         let texts_ref: Vec<&str> = texts.iter().map(String::as_str).collect();
         let encoded = self.tokenizer.encode_batch_fast(texts_ref, true).map_err(|e| e.to_string())?;
         let tokens: Vec<&[u32]> = encoded.iter().map(|encoding| encoding.get_ids()).collect();
+        let read = tokens.iter().map(|tokens| tokens.len()).sum();
         let mut by_length: Vec<usize> = (0..tokens.len()).collect();
         by_length.sort_by_key(|&text| tokens[text].len());
         let mut embeddings = vec![[0.0; EMBEDDING_DIMENSIONS]; texts.len()];
@@ -129,7 +140,7 @@ impl Inner {
                 embeddings[text] = embedding;
             }
         }
-        Ok(embeddings)
+        Ok(Embedded { embeddings, tokens: count(read) })
     }
 
     fn forward(&self, batch: &[&[u32]]) -> candle_core::Result<Vec<Embedding>> {

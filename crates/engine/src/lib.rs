@@ -60,7 +60,7 @@ mod tests;
 pub use api::{
     Calibration, ChatMessage, Chunk, Engine, Finish, GenerateRequest, Generated, Load, ModelInfo, Role, Sampling,
 };
-pub use embedder::{EMBEDDING_DIMENSIONS, Embedder, Embedding};
+pub use embedder::{EMBEDDING_DIMENSIONS, Embedded, Embedder, Embedding};
 pub use error::EngineError;
 pub use mistral::{MistralConfig, MistralEngine};
 pub use openai::{OpenAiConfig, OpenAiEngine};

@@ -16,7 +16,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Calibration, ChatMessage, Chunk, Engine, EngineError, Finish, GenerateRequest, Generated, Load, ModelInfo,
-    admission::Admission, sse::EventReader, stream::Answer,
+    admission::Admission,
+    prompt::{check_request, parse_schema},
+    run::count,
+    sse::EventReader,
+    stream::Answer,
 };
 
 /// Bytes of a whole streamed answer: each token costs a few hundred.
@@ -25,7 +29,6 @@ const MAX_MODELS_BYTES: usize = 4 << 20;
 const MAX_ERROR_BYTES: usize = 16 << 10;
 /// Characters of an endpoint's error that are passed on.
 const MAX_ERROR_TEXT: usize = 500;
-const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 const CALIBRATION_TOKENS: u32 = 32;
 
 /// How to reach an endpoint.
@@ -221,8 +224,7 @@ impl OpenAiEngine {
             body["logprobs"] = json!(true);
         }
         if let Some(schema) = &request.json_schema {
-            let schema: Value = serde_json::from_str(schema)
-                .map_err(|error| EngineError::InvalidSchema { reason: format!("it is not JSON: {error}") })?;
+            let schema = parse_schema(schema)?;
             body["response_format"] = json!({
                 "type": "json_schema",
                 "json_schema": { "name": "answer", "strict": true, "schema": schema },
@@ -299,15 +301,16 @@ impl OpenAiEngine {
             streamed.usage = Some(usage);
         }
         let Some(choice) = event.choices.into_iter().next() else { return Ok(()) };
+        if let Some(logprobs) = choice.logprobs.and_then(|logprobs| logprobs.content) {
+            streamed.logprobs.extend(logprobs.iter().map(|token| token.logprob));
+        }
         if let Some(text) = choice.delta.and_then(|delta| delta.content).filter(|text| !text.is_empty()) {
             let now = Instant::now();
             streamed.first.get_or_insert(now);
             streamed.last = Some(now);
             streamed.pieces += 1;
-            answer.push(&text);
-        }
-        if let Some(logprobs) = choice.logprobs.and_then(|logprobs| logprobs.content) {
-            streamed.logprobs.extend(logprobs.iter().map(|token| token.logprob));
+            // With log-probabilities every token is named; without them a piece is one, for every endpoint we know.
+            answer.push(&text, streamed.pieces.max(count(streamed.logprobs.len())));
         }
         match choice.finish_reason.as_deref() {
             None => {}
@@ -344,16 +347,13 @@ impl Engine for OpenAiEngine {
         tokens: mpsc::Sender<Chunk>,
         cancel: CancellationToken,
     ) -> Result<Generated, EngineError> {
+        check_request(&request)?;
         let body = self.body(&request)?;
         let _slot = self.admission.enter()?.slot(&cancel).await?;
         let started = Instant::now();
         let mut answer = Answer::new(request.stop, tokens);
         let streamed = self.stream(&body, &mut answer, &cancel).await?;
-        let flushing = tokio::time::timeout(FLUSH_LIMIT, answer.flush());
-        tokio::select! {
-            () = cancel.cancelled() => {}
-            _ = flushing => {}
-        }
+        answer.finish(&cancel).await;
         let usage = streamed.usage.unwrap_or_default();
         let first = streamed.first.unwrap_or_else(Instant::now);
         Ok(Generated {

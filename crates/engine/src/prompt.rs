@@ -43,6 +43,7 @@ impl Prompt {
     }
 }
 
+/// Refuses what no engine here serves.
 pub(crate) fn check_request(request: &GenerateRequest) -> Result<(), EngineError> {
     let Sampling { temperature, top_p, .. } = request.sampling;
     let problem = if request.messages.is_empty() || request.messages.len() > MAX_MESSAGES {
@@ -63,14 +64,19 @@ pub(crate) fn check_request(request: &GenerateRequest) -> Result<(), EngineError
     Err(EngineError::InvalidRequest { reason: problem })
 }
 
-pub(crate) fn constraint(schema: Option<&str>) -> Result<Constraint, EngineError> {
-    let Some(schema) = schema else { return Ok(Constraint::None) };
+/// Reads a JSON Schema.
+pub(crate) fn parse_schema(schema: &str) -> Result<serde_json::Value, EngineError> {
     let invalid = |reason: String| EngineError::InvalidSchema { reason };
     if schema.len() > MAX_SCHEMA_BYTES {
         return Err(invalid(format!("it has {} bytes, at most {MAX_SCHEMA_BYTES}", schema.len())));
     }
-    let mut schema: serde_json::Value =
-        serde_json::from_str(schema).map_err(|error| invalid(format!("it is not JSON: {error}")))?;
+    serde_json::from_str(schema).map_err(|error| invalid(format!("it is not JSON: {error}")))
+}
+
+/// Returns what keeps an answer to its schema.
+pub(crate) fn constraint(schema: Option<&str>) -> Result<Constraint, EngineError> {
+    let Some(schema) = schema else { return Ok(Constraint::None) };
+    let mut schema = parse_schema(schema)?;
     // Free white space lets a small model write blanks until its tokens are used up.
     if let Some(object) = schema.as_object_mut() {
         object.entry("x-guidance").or_insert_with(|| {

@@ -43,8 +43,6 @@ const GRAMMAR_ENDS: [&str; 5] = ["<|endoftext|>", "</s>", "<|end_of_text|>", "<e
 /// How often, and how long, it is checked whether mistral.rs let go of a request.
 const LET_GO_POLL: Duration = Duration::from_millis(1);
 const LET_GO_LIMIT: Duration = Duration::from_secs(60);
-/// How long a request waits for its reader after the answer is complete.
-const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 
 impl MistralEngine {
     /// Runs one admitted request to its end.
@@ -68,7 +66,9 @@ impl MistralEngine {
             return Err(self.crashed(live, "it was dead when a request came"));
         }
         let mut answer = Answer::new(run.stops, reader);
-        let end = follow(responses, &mut answer, cancel).await;
+        // What was begun beyond the answer's last token does not count.
+        let made = || count(hook.sampled().min(max_tokens));
+        let end = follow(responses, &mut answer, &made, cancel).await;
         let finish = match end {
             End::Finished(finish) => finish,
             End::Failed(error) => return Err(error),
@@ -80,11 +80,7 @@ impl MistralEngine {
         outcome.sampled.truncate(if first_was_last { 1 } else { max_tokens });
         // The slot must not wait for the reader.
         drop((hook, held));
-        let flushing = tokio::time::timeout(FLUSH_LIMIT, answer.flush());
-        tokio::select! {
-            () = cancel.cancelled() => {}
-            _ = flushing => {}
-        }
+        answer.finish(cancel).await;
         if let Some(detail) = outcome.failure {
             return Err(EngineError::Inference { detail });
         }
@@ -115,7 +111,7 @@ impl MistralEngine {
             return Err(self.crashed(live, "its thread ended while it held the request"));
         }
         // The last token's piece never came.
-        answer.push("");
+        answer.push("", count(hook.sampled()));
         Ok(if hook.sampled() >= max_tokens { Finish::Length } else { Finish::Stop })
     }
 }
@@ -198,8 +194,13 @@ enum End {
     Closed,
 }
 
-/// Takes the engine's responses until the last one, or until the caller cancels.
-async fn follow(mut responses: mpsc::Receiver<Response>, answer: &mut Answer, cancel: &CancellationToken) -> End {
+/// Takes the engine's responses until the last one, or until the caller cancels. `made` counts the tokens so far.
+async fn follow(
+    mut responses: mpsc::Receiver<Response>,
+    answer: &mut Answer,
+    made: &(dyn Fn() -> u32 + Sync),
+    cancel: &CancellationToken,
+) -> End {
     loop {
         let waiting = answer.offer();
         let response = tokio::select! {
@@ -212,7 +213,7 @@ async fn follow(mut responses: mpsc::Receiver<Response>, answer: &mut Answer, ca
         match response {
             Response::CompletionChunk(chunk) => {
                 let Some(choice) = chunk.choices.into_iter().next() else { continue };
-                answer.push(&choice.text);
+                answer.push(&choice.text, made());
                 match choice.finish_reason.as_deref() {
                     None => {}
                     Some("length") => return End::Finished(Finish::Length),

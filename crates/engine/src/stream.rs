@@ -3,9 +3,15 @@
 //! Text that may be the beginning of a stop text is held back until it is certain. What the reader
 //! has not room for is merged with what follows, so neither the engine nor memory waits for a reader.
 
+use std::time::Duration;
+
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use crate::Chunk;
+
+/// How long an answer that is complete waits for its reader.
+const FLUSH_LIMIT: Duration = Duration::from_secs(30);
 
 /// The text of one answer.
 #[derive(Debug)]
@@ -13,6 +19,8 @@ pub(crate) struct Answer {
     text: String,
     stops: Vec<String>,
     pieces: usize,
+    /// Tokens made so far.
+    tokens: u32,
     /// Where the last piece began.
     last_piece: usize,
     /// Where the text ends because a stop text begins there, and where that one ends.
@@ -28,6 +36,7 @@ impl Answer {
             text: String::new(),
             stops: stops.into_iter().filter(|stop| !stop.is_empty()).collect(),
             pieces: 0,
+            tokens: 0,
             last_piece: 0,
             stopped: None,
             sent: 0,
@@ -35,9 +44,10 @@ impl Answer {
         }
     }
 
-    /// Appends a piece, which may be empty.
-    pub(crate) fn push(&mut self, piece: &str) {
+    /// Appends a piece, which may be empty. `tokens` is how many were made from the answer's first on.
+    pub(crate) fn push(&mut self, piece: &str, tokens: u32) {
         self.pieces += 1;
+        self.tokens = self.tokens.max(tokens);
         self.last_piece = self.text.len();
         self.text.push_str(piece);
         if self.stopped.is_some() {
@@ -96,6 +106,11 @@ impl Answer {
         self.text.len() - held_back
     }
 
+    /// What the reader has not seen of the text up to `end`.
+    fn chunk(&self, end: usize) -> Chunk {
+        Chunk { text: self.text[self.sent..end].to_owned(), tokens: self.tokens }
+    }
+
     /// Hands over what the reader has room for now; returns whether something is left that it could
     /// take later.
     pub(crate) fn offer(&mut self) -> bool {
@@ -104,7 +119,7 @@ impl Answer {
         if certain <= self.sent {
             return false;
         }
-        let chunk = Chunk { text: self.text[self.sent..certain].to_owned() };
+        let chunk = self.chunk(certain);
         match reader.try_send(chunk) {
             Ok(()) => {
                 self.sent = certain;
@@ -126,12 +141,19 @@ impl Answer {
         }
     }
 
-    /// Hands over the rest, waiting for the reader.
-    pub(crate) async fn flush(&mut self) {
+    /// Hands over the rest, and waits for the reader for as long as it may take, or until the caller cancels.
+    pub(crate) async fn finish(&mut self, cancel: &CancellationToken) {
+        tokio::select! {
+            () = cancel.cancelled() => {}
+            _ = tokio::time::timeout(FLUSH_LIMIT, self.flush()) => {}
+        }
+    }
+
+    async fn flush(&mut self) {
         let end = self.stopped.map_or(self.text.len(), |(begin, _)| begin);
         if let Some(reader) = &self.reader
             && end > self.sent
-            && reader.send(Chunk { text: self.text[self.sent..end].to_owned() }).await.is_ok()
+            && reader.send(self.chunk(end)).await.is_ok()
         {
             self.sent = end;
         }
@@ -148,7 +170,7 @@ mod tests {
         let (sender, mut receiver) = mpsc::channel(100);
         let mut answer = Answer::new(stops.iter().map(|&s| s.to_owned()).collect(), sender);
         for piece in pieces {
-            answer.push(piece);
+            answer.push(piece, 0);
             assert!(!answer.offer());
         }
         let stopped = answer.is_stopped();
@@ -192,9 +214,9 @@ mod tests {
     fn it_knows_whether_the_stop_text_ended_before_the_last_piece() {
         let (sender, _receiver) = mpsc::channel(1);
         let mut answer = Answer::new(vec!["##".to_owned()], sender);
-        answer.push("a##");
+        answer.push("a##", 0);
         assert!(answer.is_stopped() && !answer.overran());
-        answer.push("b");
+        answer.push("b", 0);
         assert!(answer.overran());
         assert_eq!(answer.into_text(), "a");
     }
@@ -203,18 +225,19 @@ mod tests {
     async fn a_slow_reader_gets_merged_chunks_and_loses_nothing() {
         let (sender, mut receiver) = mpsc::channel(1);
         let mut answer = Answer::new(Vec::new(), sender);
-        answer.push("a");
+        let chunk = |text: &str, tokens| Chunk { text: text.to_owned(), tokens };
+        answer.push("a", 1);
         assert!(!answer.offer());
-        answer.push("b");
+        answer.push("b", 2);
         assert!(answer.offer(), "no room");
-        answer.push("c");
-        assert_eq!(receiver.recv().await.unwrap().text, "a");
+        answer.push("c", 4);
+        assert_eq!(receiver.recv().await.unwrap(), chunk("a", 1));
         answer.room().await;
         assert!(!answer.offer());
-        assert_eq!(receiver.recv().await.unwrap().text, "bc");
-        answer.push("d");
+        assert_eq!(receiver.recv().await.unwrap(), chunk("bc", 4));
+        answer.push("d", 5);
         answer.flush().await;
-        assert_eq!(receiver.recv().await.unwrap().text, "d");
+        assert_eq!(receiver.recv().await.unwrap(), chunk("d", 5));
     }
 
     #[test]
@@ -222,7 +245,7 @@ mod tests {
         let (sender, receiver) = mpsc::channel(1);
         drop(receiver);
         let mut answer = Answer::new(Vec::new(), sender);
-        answer.push("a");
+        answer.push("a", 0);
         assert!(!answer.offer());
         assert_eq!(answer.into_text(), "a");
     }

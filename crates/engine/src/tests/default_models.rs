@@ -60,21 +60,26 @@ async fn minilm_embeds_what_means_the_same_alike() {
     ]
     .map(str::to_owned)
     .to_vec();
-    let together = embedder.embed(&texts).await.unwrap();
+    let embedded = embedder.embed(&texts).await.unwrap();
+    let (together, mut counted) = (embedded.embeddings, 0);
     for (text, embedding) in texts.iter().zip(&together) {
         assert_eq!(embedding.len(), EMBEDDING_DIMENSIONS);
         assert!((dot(embedding, embedding) - 1.0).abs() < 1e-4, "{text:?}");
         // Padding must not matter.
         let alone = embedder.embed(std::slice::from_ref(text)).await.unwrap();
-        assert!(dot(&alone[0], embedding) > 0.9999, "{text:?}");
+        assert!(dot(&alone.embeddings[0], embedding) > 0.9999, "{text:?}");
+        counted += alone.tokens;
     }
+    assert_eq!(embedded.tokens, counted);
+    assert_eq!(embedder.embed(&texts[3..4]).await.unwrap().tokens, 2, "an empty text has a beginning and an end");
     let (same, other) = (dot(&together[0], &together[1]), dot(&together[0], &together[2]));
     assert!((0.70..0.80).contains(&same), "{same}");
     assert!(other < 0.25, "{other}");
     assert!(dot(&together[0], &together[4]) < 0.2);
 
     let long = vec!["word ".repeat(50_000); 2];
-    assert_eq!(embedder.embed(&long).await.unwrap().len(), 2);
+    let long = embedder.embed(&long).await.unwrap();
+    assert_eq!((long.embeddings.len(), long.tokens), (2, 2 * 256), "what is cut off is not read");
     assert!(embedder.embed(&vec![String::new(); 2_000]).await.is_err());
 }
 

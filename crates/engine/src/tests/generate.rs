@@ -23,6 +23,26 @@ async fn an_answer_is_streamed_in_pieces_that_make_its_text() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pieces_say_how_many_tokens_were_made_however_they_were_merged() {
+    let tiny = Tiny::open().await;
+    // A reader that takes nothing until the end gets the first piece, and all the others as one.
+    let (sender, mut receiver) = mpsc::channel::<crate::Chunk>(1);
+    let generating = tiny.engine.generate(sampled("hello", 40, 1), sender, CancellationToken::new());
+    let reading = async {
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        let mut chunks = Vec::new();
+        while let Some(chunk) = receiver.recv().await {
+            chunks.push(chunk);
+        }
+        chunks
+    };
+    let (answer, chunks) = tokio::join!(generating, reading);
+    assert!(chunks.len() < 20, "{} pieces of 40 tokens were not merged", chunks.len());
+    assert!(chunks.is_sorted_by_key(|chunk| chunk.tokens) && chunks[0].tokens >= 1, "{chunks:?}");
+    assert_eq!(chunks.last().unwrap().tokens, answer.unwrap().completion_tokens);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_model_is_described() {
     let tiny = Tiny::open_with(|config| config.context = Some(300)).await;
     let info = tiny.engine.info().remove(0);
