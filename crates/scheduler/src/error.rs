@@ -78,6 +78,12 @@ pub enum TaskError {
         /// What was waited for.
         waiting_for: String,
     },
+    /// The node was restarted in the middle of the task, and cannot run it again.
+    #[error("the node was restarted in the middle of the task, and {reason}; ask again")]
+    Interrupted {
+        /// Why it was not run again.
+        reason: String,
+    },
     /// The user took it back.
     #[error("the task was cancelled")]
     Cancelled,
@@ -92,7 +98,7 @@ impl TaskError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Overloaded { .. } => true,
+            Self::Overloaded { .. } | Self::Interrupted { .. } => true,
             Self::Failed(error) => error.is_retryable(),
             Self::AllChainsFailed { causes } => causes.iter().any(ChainError::is_retryable),
             Self::Invalid { .. } | Self::TooLong { .. } | Self::Deadline { .. } | Self::Cancelled => false,
@@ -109,6 +115,7 @@ impl TaskError {
             Self::Failed(_) => "failed",
             Self::AllChainsFailed { .. } => "all_chains_failed",
             Self::Deadline { .. } => "deadline",
+            Self::Interrupted { .. } => "interrupted",
             Self::Cancelled => "cancelled",
         }
     }

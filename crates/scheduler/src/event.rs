@@ -1,4 +1,5 @@
-//! What a user is told while a task runs: one self-explanatory JSON object an event, in order, numbered from 0.
+//! What a user is told while a task runs: one self-explanatory JSON object an event, in order, numbered from 0, or from a
+//! multiple of [`crate::spec::EVENTS_A_RUN`] after a restart of the node.
 
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use crate::vote::VoteShare;
 pub struct TaskEvent {
     /// The task.
     pub task: TaskId,
-    /// Its number within the task, from 0 and without gaps, for `id` and `Last-Event-ID` of a stream.
+    /// Its number within the task, without gaps within a run, for `id` and `Last-Event-ID` of a stream.
     pub index: u64,
     /// When it happened, in the shell's time; not serialised, because it means nothing elsewhere.
     #[serde(skip)]
@@ -48,6 +49,12 @@ pub struct Place {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum TaskEventKind {
+    /// The node was restarted in the middle of the task, and runs it anew. What an earlier run brought is lost with its events;
+    /// the seeds are the same.
+    Resumed {
+        /// How often that has happened.
+        restarts: u32,
+    },
     /// It is under way.
     Accepted {
         /// How it will be run.

@@ -104,7 +104,7 @@ pub(crate) fn last(
 /// question that has a format of its own gets one.
 pub(crate) fn direct(question: &str, context: &[Turn], format: &AnswerFormat, compared: bool) -> Vec<Turn> {
     let silent = match format {
-        AnswerFormat::Prose => true,
+        AnswerFormat::Prose | AnswerFormat::Json => true,
         AnswerFormat::Auto => !compared,
         _ => false,
     };
@@ -117,7 +117,7 @@ pub(crate) fn direct(question: &str, context: &[Turn], format: &AnswerFormat, co
 /// Says how the answer is to be marked.
 fn instruction(format: &AnswerFormat) -> String {
     let what = match format {
-        AnswerFormat::Prose => return "Now answer the question.".to_owned(),
+        AnswerFormat::Prose | AnswerFormat::Json => return "Now answer the question.".to_owned(),
         AnswerFormat::Auto => "only the answer".to_owned(),
         AnswerFormat::Number => "the number".to_owned(),
         AnswerFormat::YesNo => "yes or no".to_owned(),

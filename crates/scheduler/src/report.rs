@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chorus_protocol::job::Finish;
 use chorus_protocol::{NodeId, TaskId};
 use serde::{Serialize, Serializer};
 
@@ -63,6 +64,8 @@ pub struct TaskAnswer {
     pub answer: String,
     /// The full text of the heaviest chain that gave this answer.
     pub text: String,
+    /// Why that text ended: `stop` when its model or a stop text ended it, `length` when the token limit cut it off.
+    pub finish: Finish,
     /// How far the winner leads the next answer, as a share of all votes, in [0, 1]. One chain alone has a margin of 1.
     pub margin: f64,
     /// Whether two answers weigh the same; the one with more chains won, then the one with the heavier chain.

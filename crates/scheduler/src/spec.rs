@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use chorus_protocol::TaskId;
 use chorus_protocol::capability::{ModelName, Skill};
-use chorus_protocol::job::{Risk, Turn};
+use chorus_protocol::job::{MAX_SCHEMA_BYTES, MAX_STOP_BYTES, MAX_STOPS, Risk, Turn};
 use serde::Serialize;
 
 use crate::answer::AnswerFormat;
@@ -24,6 +24,9 @@ pub const MAX_CONTEXT_TURNS: usize = 60;
 pub const MAX_SKILLS: usize = 64;
 /// Jobs that one task may submit, whatever its budget says.
 pub const MAX_JOBS: u32 = 256;
+/// Numbers that the events of one run of a task have to themselves: more than it can tell. When the node is restarted in the middle
+/// of a task, the events of the next run begin at the next multiple, so numbers grow and none means two events.
+pub const EVENTS_A_RUN: u64 = 1 << 20;
 /// The longest a task may take.
 pub const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3_600);
 
@@ -107,6 +110,8 @@ pub struct TaskSpec {
     pub temperature_milli: u32,
     /// Nucleus in thousandths; 1000 keeps everything.
     pub top_p_milli: u32,
+    /// How often the node was restarted since the task was accepted. Whoever kept the task over a restart says so here.
+    pub restarts: u32,
     /// The seed that every job's seed comes from. `direct` passes it on unchanged.
     pub seed: u64,
     /// The model that every executor must run; any when absent.
@@ -117,6 +122,12 @@ pub struct TaskSpec {
     pub budget: Budget,
     /// What the answer should look like.
     pub format: AnswerFormat,
+    /// Texts that end the answer and are not part of it. They bind the job that gives a chain's answer, and no other: plans and
+    /// the steps before it are read by the scheduler and by other steps, not by the user.
+    pub stop: Vec<String>,
+    /// A JSON Schema that the answer must satisfy, token by token; it binds the same jobs as `stop`. The answer is then the whole
+    /// text, and chains that write the same JSON in another order or spacing vote for the same.
+    pub json_schema: Option<String>,
     /// The skill that an answerer should have, in a few words. Public: its embedding is announced.
     pub skill: Option<String>,
     /// Skills that the ledger's nodes offer; may be empty. They are public, so a question can be routed to the nearest of them
@@ -140,11 +151,14 @@ impl TaskSpec {
             max_tokens: 256,
             temperature_milli: 500,
             top_p_milli: 950,
+            restarts: 0,
             seed: 0,
             model: None,
             stream: true,
             budget: Budget::default(),
             format: AnswerFormat::Auto,
+            stop: Vec::new(),
+            json_schema: None,
             skill: None,
             skills: Vec::new(),
         }
@@ -175,6 +189,14 @@ impl TaskSpec {
         if self.max_tokens == 0 || self.budget.tokens == 0 || self.budget.jobs == 0 {
             return invalid("max_tokens and both budgets must be at least 1");
         }
+        if self.stop.len() > MAX_STOPS || self.stop.iter().any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES) {
+            return invalid("at most 8 texts of 1 to 64 bytes may end the answer");
+        }
+        if let Some(schema) = &self.json_schema
+            && (schema.len() > MAX_SCHEMA_BYTES || !is_json_object(schema))
+        {
+            return invalid("the JSON Schema must be a JSON object of at most 8192 bytes");
+        }
         match self.strategy {
             Strategy::Chains { planners } if planners == 0 || planners > MAX_CHAINS => {
                 invalid("chains need 1 to 8 planners")
@@ -182,4 +204,8 @@ impl TaskSpec {
             _ => Ok(()),
         }
     }
+}
+
+fn is_json_object(text: &str) -> bool {
+    serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(text).is_ok()
 }

@@ -20,7 +20,7 @@ use crate::prompt::{PLANNER_SKILL, PLANNER_TAG};
 use crate::report::TaskAnswer;
 use crate::requirement::{Needed, Slot, nearest, tags_of};
 use crate::scheduler::SchedulerEffect;
-use crate::spec::{MAX_CHAINS, MAX_SKILLS, Strategy, TaskSpec};
+use crate::spec::{EVENTS_A_RUN, MAX_CHAINS, MAX_SKILLS, Strategy, TaskSpec};
 use crate::vote::{Ballot, Tally, heaviest, is_decided, tally};
 
 /// Chains that a low margin at high risk adds, once.
@@ -64,6 +64,7 @@ pub(crate) struct Task {
     pub(crate) submitted: u32,
     strategy: Strategy,
     fallback: Option<String>,
+    /// The number of the next event.
     events: u64,
     widened: bool,
     over: bool,
@@ -83,7 +84,7 @@ impl Task {
         let planned = strategy != Strategy::Direct;
         let chains = (0..count).map(|i| Chain::new(i, now, pool.split(count - i), planned)).collect();
         let mut task = Self {
-            format: spec.format.resolve(&spec.question),
+            format: if spec.json_schema.is_some() { AnswerFormat::Json } else { spec.format.resolve(&spec.question) },
             began: now,
             end: now + spec.deadline,
             chains,
@@ -100,11 +101,14 @@ impl Task {
             submitted: 0,
             strategy,
             fallback: fallback.clone(),
-            events: 0,
+            events: first_event(spec.restarts),
             widened: false,
             over: false,
             spec,
         };
+        if task.spec.restarts > 0 {
+            task.emit(desk, TaskEventKind::Resumed { restarts: task.spec.restarts });
+        }
         let (risk, deadline) = (task.spec.risk, task.spec.deadline);
         task.emit(desk, TaskEventKind::Accepted { strategy: strategy.name(), chains: count, risk, deadline, fallback });
         if planned {
@@ -278,7 +282,7 @@ impl Task {
                 Stage::Step(_) => {}
             }
         }
-        if let Some(kind) = kind.filter(|_| self.events < MAX_CHATTER_EVENTS) {
+        if let Some(kind) = kind.filter(|_| self.events - first_event(self.spec.restarts) < MAX_CHATTER_EVENTS) {
             self.emit(desk, kind);
         }
         self.advance(desk);
@@ -418,6 +422,7 @@ impl Task {
             task: self.id(),
             answer: tally.answer,
             text: tally.text,
+            finish: tally.finish,
             margin: tally.margin,
             tie: tally.tie,
             low_margin: tally.low_margin,
@@ -438,6 +443,11 @@ impl Task {
         desk.out.push(SchedulerEffect::Done { task: self.id(), result: Err(error) });
         self.over = true;
     }
+}
+
+/// Returns the number of the first event of a task's run.
+fn first_event(restarts: u32) -> u64 {
+    u64::from(restarts) * EVENTS_A_RUN
 }
 
 /// Returns how the task can be run with its budget and its time, and why that is not what was asked for.

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use chorus_protocol::job::Risk;
+use chorus_protocol::job::{Finish, Risk};
 use serde::Serialize;
 
 use crate::answer::{Answer, Judged};
@@ -34,6 +34,8 @@ pub struct Ballot {
     pub answer: Judged,
     /// The text the answer was taken from.
     pub text: String,
+    /// Why that text ended.
+    pub finish: Finish,
     /// Its weight.
     pub weight: f64,
 }
@@ -56,6 +58,8 @@ pub struct Tally {
     pub answer: String,
     /// The text it was taken from.
     pub text: String,
+    /// Why that text ended.
+    pub finish: Finish,
     /// The winner's lead over the next answer, as a share of all weight, in [0, 1].
     pub margin: f64,
     /// Whether the next answer weighs the same.
@@ -119,6 +123,7 @@ pub fn tally(ballots: &[Ballot], risk: Risk) -> Option<Tally> {
     Some(Tally {
         answer: winner.heaviest.answer.shown.clone(),
         text: winner.heaviest.text.clone(),
+        finish: winner.heaviest.finish,
         margin,
         tie,
         low_margin: margin < least,
@@ -175,7 +180,7 @@ mod tests {
 
     fn ballot(chain: u8, text: &str, weight: f64) -> Ballot {
         let answer = judge(text, &AnswerFormat::Auto).unwrap();
-        Ballot { chain, answer, text: text.to_owned(), weight }
+        Ballot { chain, answer, text: text.to_owned(), finish: Finish::Stop, weight }
     }
 
     fn step(score: f64, reputation: f64) -> StepReport {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use chorus_beacon::job::{JobDone, JobError, JobSpec};
 use chorus_machine::Time;
 use chorus_protocol::bounded::Text;
-use chorus_protocol::job::{Failure, Finish, JobKind, Payload, Risk, Turn};
+use chorus_protocol::job::{Failure, Finish, JobKind, MAX_STOP_BYTES, MAX_STOPS, Payload, Risk, Turn};
 use chorus_protocol::{JobId, List, NodeId};
 
 use crate::answer::judge;
@@ -44,6 +44,7 @@ struct Order {
     kind: JobKind,
     turns: Vec<Turn>,
     json_schema: Option<String>,
+    stop: List<Text<MAX_STOP_BYTES>, MAX_STOPS>,
     want: u32,
     /// Tokens that the chain must keep for its answer.
     keep: u32,
@@ -72,7 +73,7 @@ impl Task {
             temperature_milli: order.temperature_milli,
             top_p_milli: self.spec.top_p_milli,
             seed: order.seed,
-            stop: List::default(),
+            stop: order.stop,
             stream: self.spec.stream,
             turns: List::default(),
         };
@@ -114,6 +115,7 @@ impl Task {
             kind: JobKind::Plan,
             turns,
             json_schema: Some(plan::schema(steps)),
+            stop: List::default(),
             want: PLAN_MAX_TOKENS,
             keep: self.answer_reserve(chain),
             temperature_milli: PLAN_TEMPERATURE_MILLI,
@@ -145,7 +147,8 @@ impl Task {
         Some(Order {
             kind: JobKind::Answer,
             turns,
-            json_schema: None,
+            json_schema: self.spec.json_schema.clone().filter(|_| last),
+            stop: if last { self.stops() } else { List::default() },
             want: if last { self.spec.max_tokens } else { self.spec.max_tokens.min(STEP_MAX_TOKENS) },
             keep: if last { 0 } else { self.answer_reserve(chain) },
             temperature_milli: self.spec.temperature_milli,
@@ -162,7 +165,8 @@ impl Task {
         Some(Order {
             kind: JobKind::Answer,
             turns: prompt::direct(&self.spec.question, &self.spec.context, &self.format, compared),
-            json_schema: None,
+            json_schema: self.spec.json_schema.clone(),
+            stop: self.stops(),
             want: self.spec.max_tokens,
             keep: 0,
             temperature_milli: self.spec.temperature_milli,
@@ -171,6 +175,10 @@ impl Task {
             needed: self.answer_skill.known()?.clone(),
             avoid: others(&self.answerers, at),
         })
+    }
+
+    fn stops(&self) -> List<Text<MAX_STOP_BYTES>, MAX_STOPS> {
+        List::truncated(self.spec.stop.iter().map(|stop| Text::truncated(stop)))
     }
 
     /// Returns the tokens that plans and middle steps must leave for the answer: all that it may want, or half of a small rest.
@@ -264,7 +272,7 @@ impl Task {
         chain.reports.push(report(ask.unwrap_or_default(), label, done));
         self.emit(desk, subtask_done(place, done, text));
         if last {
-            self.vote_with(desk, at, text);
+            self.vote_with(desk, at, text, done.output.finish);
         }
     }
 
@@ -277,11 +285,11 @@ impl Task {
         }
         chain.reports.push(report(String::new(), label, done));
         self.emit(desk, subtask_done(place, done, text));
-        self.vote_with(desk, work.chain, text);
+        self.vote_with(desk, work.chain, text, done.output.finish);
     }
 
     /// Ends a chain with the answer in its last text.
-    fn vote_with(&mut self, desk: &mut Desk<'_, '_>, at: usize, text: &str) {
+    fn vote_with(&mut self, desk: &mut Desk<'_, '_>, at: usize, text: &str, finish: Finish) {
         let weighting = self.spec.weighting;
         let Some(chain) = self.chains.get_mut(at) else { return };
         let Some(answer) = judge(text, &self.format) else {
@@ -290,7 +298,7 @@ impl Task {
         // An answer that is not of the kind that was asked for is heard only if there is no other.
         let executors = chain.reports.get(chain.abandoned..).unwrap_or_default();
         let weight = if answer.fits { weigh(executors, weighting) } else { MIN_WEIGHT };
-        let ballot = Ballot { chain: chain.index, answer, text: text.to_owned(), weight };
+        let ballot = Ballot { chain: chain.index, answer, text: text.to_owned(), finish, weight };
         self.end_chain(desk, at, Ok(ballot));
     }
 

@@ -193,7 +193,7 @@ fn accepts(candidate: &str, format: &AnswerFormat) -> bool {
             let words = text.split_whitespace().count();
             (1..=MAX_ANSWER_WORDS).contains(&words) && !text.to_ascii_lowercase().starts_with("not ")
         }
-        AnswerFormat::Prose | AnswerFormat::List | AnswerFormat::Set => !text.is_empty(),
+        AnswerFormat::Prose | AnswerFormat::Json | AnswerFormat::List | AnswerFormat::Set => !text.is_empty(),
     }
 }
 
@@ -205,7 +205,7 @@ fn by_format(text: &str, format: &AnswerFormat) -> Option<String> {
         AnswerFormat::Options(options) => by_option(text, options, format),
         AnswerFormat::OneOf(options) => last_named(text, options).or_else(|| by_sense(text)),
         AnswerFormat::Auto => by_look(text),
-        AnswerFormat::Prose | AnswerFormat::List | AnswerFormat::Set => None,
+        AnswerFormat::Prose | AnswerFormat::Json | AnswerFormat::List | AnswerFormat::Set => None,
     }
 }
 

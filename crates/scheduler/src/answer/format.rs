@@ -14,6 +14,8 @@ pub enum AnswerFormat {
     Auto,
     /// The whole text is the answer, as in a chat. Nothing is added to the question.
     Prose,
+    /// The whole text is the answer, and it is JSON. Nothing is added to the question: a schema sees to the form.
+    Json,
     /// A number.
     Number,
     /// Yes or no, true or false, valid or invalid.

@@ -7,6 +7,7 @@
 //! 3. [`normalise()`] turns it into an [`Answer`], so that `12`, `12.0`, `\boxed{12}` and `twelve` are one.
 //! 4. [`judge`] does both, and adds how the answer is shown to people.
 
+mod date;
 mod extract;
 mod format;
 mod latex;
@@ -39,13 +40,11 @@ pub struct Judged {
 /// Takes the answer from a model's text. `None` when the text is blank.
 #[must_use]
 pub fn judge(text: &str, format: &AnswerFormat) -> Option<Judged> {
-    if *format == AnswerFormat::Prose {
+    if matches!(format, AnswerFormat::Prose | AnswerFormat::Json) {
         let shown = text.trim();
-        return (!shown.is_empty()).then(|| Judged {
-            key: normalise(shown, format),
-            shown: shown.to_owned(),
-            fits: true,
-        });
+        let fits = *format == AnswerFormat::Prose || normalise::json(shown).is_some();
+        let judged = || Judged { key: normalise(shown, format), shown: shown.to_owned(), fits };
+        return (!shown.is_empty()).then(judged);
     }
     let raw = extract(text, format)?;
     let key = normalise(&raw, format);

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use super::format::{AnswerFormat, letter};
-use super::{latex, number};
+use super::{date, latex, number};
 
 /// Rounds until an answer no longer changes. Each takes something off, so two or three do in practice.
 const MAX_ROUNDS: usize = 8;
@@ -59,10 +59,13 @@ pub fn normalise(raw: &str, format: &AnswerFormat) -> Answer {
 }
 
 fn once(raw: &str, format: &AnswerFormat) -> Answer {
+    if *format == AnswerFormat::Json {
+        return Answer::Text(json(raw).unwrap_or_else(|| raw.trim().to_owned()));
+    }
     let text = latex::clean(raw);
     let found = match format {
         AnswerFormat::Prose => Some(Answer::Text(text.to_lowercase())),
-        AnswerFormat::Auto => None,
+        AnswerFormat::Auto | AnswerFormat::Json => None,
         AnswerFormat::Number => number::parse(&text).or_else(|| number::first_in(&text)).map(Answer::Number),
         AnswerFormat::YesNo => polarity(&text).or_else(|| leading_polarity(&text)).map(Answer::Bool),
         AnswerFormat::Options(options) => option_of(&text, options, format).map(Answer::Choice),
@@ -71,6 +74,13 @@ fn once(raw: &str, format: &AnswerFormat) -> Answer {
         AnswerFormat::Set => collection(&text).map(|(items, _)| Answer::Set(items.into_iter().collect())),
     };
     found.unwrap_or_else(|| auto(&text))
+}
+
+/// Brings JSON to one form: keys in order, no idle spaces.
+pub(super) fn json(text: &str) -> Option<String> {
+    let mut value: serde_json::Value = serde_json::from_str(text.trim()).ok()?;
+    value.sort_all_objects();
+    Some(value.to_string())
 }
 
 fn auto(text: &str) -> Answer {
@@ -95,7 +105,7 @@ fn scalar(text: &str) -> Option<Answer> {
     number::parse(text)
         .map(Answer::Number)
         .or_else(|| polarity(text).map(Answer::Bool))
-        .or_else(|| date(text).map(Answer::Date))
+        .or_else(|| date::parse(text).map(Answer::Date))
 }
 
 /// Reads an option's letter: `(B)`, `B`, `b)`, `B.`, `[B]`, `option B`, `(B) Paris`. Where options are expected, also
@@ -237,73 +247,6 @@ fn element(item: &str) -> String {
         Some(answer) => answer.to_string(),
         None => plain(&item).replace([',', ';', '[', ']', '{', '}'], " ").trim().to_owned(),
     }
-}
-
-const MONTHS: [&str; 12] = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"];
-
-/// Reads a whole date. `May 1st, 2021`, `1 May 2021` and `2021-05-01` are one. Of `05/01/2021` nobody knows which is the month,
-/// so it keeps its order.
-fn date(text: &str) -> Option<String> {
-    let lower = text.to_lowercase();
-    let parts: Vec<&str> = lower.split(['/', '-', '.']).map(str::trim).collect();
-    if let [a, b, c] = parts.as_slice() {
-        let dashes = lower.contains('-');
-        return match (digits(a, 4), digits(c, 4)) {
-            (Some(year), _) => iso(year, digits(b, 2)?, digits(c, 2)?),
-            (None, Some(year)) if !dashes || !lower.contains('/') => {
-                let (first, second) = (digits(a, 2)?, digits(b, 2)?);
-                let plausible = (1..=31).contains(&first) && (1..=31).contains(&second) && first.min(second) <= 12;
-                plausible.then(|| format!("{first}/{second}/{year}"))
-            }
-            _ => None,
-        };
-    }
-    let words: Vec<&str> = lower
-        .split([' ', ','])
-        .filter(|word| !word.is_empty() && *word != "of" && *word != "the" && !word.ends_with("day"))
-        .collect();
-    let [a, b, year] = words.as_slice() else { return None };
-    let year = digits(year, 4)?;
-    match (month(a), month(b)) {
-        (Some(month), None) => iso(year, month, day(b)?),
-        (None, Some(month)) => iso(year, month, day(a)?),
-        _ => None,
-    }
-}
-
-fn iso(year: u32, month: u32, day: u32) -> Option<String> {
-    ((1..=12).contains(&month) && (1..=31).contains(&day)).then(|| format!("{year:04}-{month:02}-{day:02}"))
-}
-
-/// Reads a number of one to two digits, or of exactly four.
-fn digits(text: &str, len: usize) -> Option<u32> {
-    let fits = if len == 4 { text.len() == 4 } else { (1..=len).contains(&text.len()) };
-    (fits && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok())?
-}
-
-fn day(text: &str) -> Option<u32> {
-    let plain = ["st", "nd", "rd", "th"].iter().find_map(|suffix| text.strip_suffix(suffix)).unwrap_or(text);
-    digits(plain, 2)
-}
-
-fn month(word: &str) -> Option<u32> {
-    const NAMES: [&str; 12] = [
-        "january",
-        "february",
-        "march",
-        "april",
-        "may",
-        "june",
-        "july",
-        "august",
-        "september",
-        "october",
-        "november",
-        "december",
-    ];
-    let word = word.trim_end_matches('.');
-    let index = NAMES.iter().position(|name| *name == word).or_else(|| MONTHS.iter().position(|name| *name == word))?;
-    u32::try_from(index + 1).ok()
 }
 
 /// Brings free text to its plain form. Formulas keep their operators and lose their spaces; words lose case, punctuation and

@@ -1,5 +1,7 @@
 //! Numbers as people and models write them, brought to one exact form. No floating point: `0.1` stays `0.1`.
 
+use super::date;
+
 /// Digits of a number, beyond which it is taken for text.
 const MAX_DIGITS: usize = 60;
 /// The largest power of ten in scientific notation.
@@ -13,36 +15,8 @@ const UNITS: [&str; 36] = [
     "in", "mi", "mph", "km/h", "m/s", "°", "°c", "°f", "%", "€", "£", "¥", "usd", "eur", "cm^2", "m^2", "km^2",
 ];
 
-/// Words behind a number that make it something other than an amount: dates, times, ranks, alternatives.
-const NO_UNITS: [&str; 27] = [
-    "january",
-    "february",
-    "march",
-    "april",
-    "may",
-    "june",
-    "july",
-    "august",
-    "september",
-    "october",
-    "november",
-    "december",
-    "jan",
-    "feb",
-    "mar",
-    "apr",
-    "jun",
-    "jul",
-    "aug",
-    "sep",
-    "am",
-    "pm",
-    "of",
-    "and",
-    "or",
-    "to",
-    "is",
-];
+/// Words behind a number that make it something other than an amount, as a month does: times, ranks, alternatives.
+const NO_UNITS: [&str; 7] = ["am", "pm", "of", "and", "or", "to", "is"];
 
 /// Reads a number with its sign, thousands separators, decimals, exponent, fraction, currency and unit, and returns its exact
 /// canonical form: `-1234.5`, or `1/3` where no finite decimal exists. A percent sign counts as a unit: `50%` is `50`.
@@ -138,7 +112,9 @@ fn unit(rest: &str) -> bool {
     let Some(words) = rest.strip_prefix(' ').or_else(|| rest.strip_prefix('-')) else { return false };
     let words: Vec<&str> = words.split_whitespace().collect();
     words.len() <= MAX_UNIT_WORDS
-        && words.iter().all(|word| word.chars().all(char::is_alphabetic) && !NO_UNITS.contains(word))
+        && words.iter().all(|word| {
+            word.chars().all(char::is_alphabetic) && !NO_UNITS.contains(word) && date::month(word).is_none()
+        })
 }
 
 /// Brings `a/b`, or a plain decimal, to its canonical form.

@@ -441,6 +441,10 @@ fn impossible_tasks_are_refused_at_once() {
         (TaskSpec::new(task(1), "x".repeat(97 * 1024)), "too_long"),
         (TaskSpec { deadline: Duration::ZERO, ..chains() }, "invalid"),
         (TaskSpec { max_tokens: 0, ..chains() }, "invalid"),
+        (TaskSpec { stop: vec![String::new()], ..chains() }, "invalid"),
+        (TaskSpec { stop: vec!["x".into(); 9], ..chains() }, "invalid"),
+        (TaskSpec { json_schema: Some("[]".into()), ..chains() }, "invalid"),
+        (TaskSpec { json_schema: Some(format!("{{\"a\":\"{}\"}}", "x".repeat(9_000))), ..chains() }, "invalid"),
         (TaskSpec { strategy: Strategy::Chains { planners: 9 }, ..chains() }, "invalid"),
         (TaskSpec { strategy: Strategy::Chains { planners: 0 }, ..chains() }, "invalid"),
     ] {
@@ -515,4 +519,61 @@ fn time_is_split_over_plan_and_steps() {
         world.reply(&spec, node(2), 0.5, "5");
     }
     assert_eq!(world.answers()[0].deadline, Time::from_millis(120_000));
+}
+
+#[test]
+fn stops_and_a_schema_bind_the_answer_and_nothing_before_it() {
+    let schema = r#"{"type":"object"}"#;
+    let bound = |spec| TaskSpec { stop: vec!["END".into()], json_schema: Some(schema.into()), ..spec };
+    let binds = |spec: &JobSpec| {
+        let payload = &spec.payload;
+        (
+            payload.json_schema.as_ref().map(Text::as_str) == Some(schema),
+            payload.stop.iter().any(|stop| &**stop == "END"),
+        )
+    };
+    let mut world = World::ask(bound(direct()));
+    let spec = world.answers().pop().unwrap();
+    assert_eq!((binds(&spec), prompt(&spec).as_str()), ((true, true), QUESTION));
+    world.reply(&spec, node(1), 0.5, r#" {"b": 1, "a": 2} "#);
+    assert_eq!(world.outcome().as_ref().unwrap().answer, r#"{"b": 1, "a": 2}"#);
+
+    let mut world = World::ask(bound(TaskSpec { risk: Risk::Medium, ..chains() }));
+    assert!(world.plans().iter().all(|plan| plan.payload.stop.is_empty() && !binds(plan).0));
+    world.plan_all(3, PLAN);
+    for spec in world.answers() {
+        assert_eq!(binds(&spec), (false, false));
+        world.reply(&spec, node(4), 0.6, "5");
+    }
+    let written = [r#"{"a":2,"b":1}"#, r#"{ "b": 1, "a": 2 }"#, r#"{"a": 3"#];
+    for (spec, text) in world.answers().iter().zip(written) {
+        assert_eq!(binds(spec), (true, true));
+        world.reply(spec, node(4), 0.6, text);
+    }
+    let answer = world.outcome().clone().unwrap();
+    assert_eq!(answer.votes[0].chains, [0, 1], "the same JSON, however it is written: {:?}", answer.votes);
+    assert!(answer.margin > 0.9, "what is no JSON hardly counts: {}", answer.margin);
+}
+
+#[test]
+fn an_answer_says_why_it_ended() {
+    for (written, said) in [(Finish::Stop, "stop"), (Finish::Length, "length")] {
+        let mut world = World::ask(direct());
+        let spec = world.answers().pop().unwrap();
+        world.reply_with(&spec, node(1), 0.7, Output { finish: written, ..output("It is 45 and") });
+        let answer = world.outcome().clone().unwrap();
+        assert_eq!((answer.finish, serde_json::to_value(&answer).unwrap()["finish"].as_str()), (written, Some(said)));
+    }
+}
+
+#[test]
+fn a_task_that_outlived_its_node_says_so_and_numbers_its_events_behind_the_old_ones() {
+    use crate::spec::EVENTS_A_RUN;
+    let mut world = World::ask(TaskSpec { restarts: 2, ..direct() });
+    assert_eq!(world.kinds()[..2], ["resumed", "accepted"]);
+    let spec = world.answers().pop().unwrap();
+    assert_eq!(spec.payload.seed, 11, "the same seeds as before");
+    world.reply(&spec, node(1), 0.7, "45");
+    let numbers: Vec<u64> = world.events.iter().map(|event| event.index).collect();
+    assert_eq!(numbers, (0..numbers.len() as u64).map(|at| 2 * EVENTS_A_RUN + at).collect::<Vec<_>>());
 }
