@@ -1,12 +1,12 @@
 //! What a node is told, and what it wants done.
 
-use chorus_beacon::RunId;
+use chorus_beacon::{JobError, JobEvent, RunId};
 use chorus_ledger::{LedgerEvent, PersistBatch};
 use chorus_machine::Time;
 use chorus_protocol::capability::Capability;
 use chorus_protocol::entry::{Entry, Equivocation};
 use chorus_protocol::job::{Failure, JobKind, Output, Payload};
-use chorus_protocol::{Embedding, NodeId, TaskId, Verified};
+use chorus_protocol::{Embedding, JobId, NodeId, TaskId, Verified};
 use chorus_scheduler::{TaskAnswer, TaskError, TaskEvent, TaskSpec};
 
 /// The two gossip topics.
@@ -234,6 +234,24 @@ pub enum NodeEvent {
     Ledger(LedgerEvent),
     /// The executor did something.
     Executor(chorus_beacon::ExecutorEvent),
+    /// A job of this node's own was handed in.
+    JobSubmitted {
+        /// The job.
+        job: JobId,
+        /// The task it serves.
+        task: TaskId,
+        /// What kind of work it is.
+        kind: JobKind,
+    },
+    /// Something happened to such a job. Progress is not told here: it is what watchers of the task read.
+    Job(JobEvent),
+    /// Such a job ended.
+    JobEnded {
+        /// The job.
+        job: JobId,
+        /// Why it brought nothing, if it did not.
+        error: Option<JobError>,
+    },
     /// A frame of the node's own making was too large to send; this is a bug, or a payload near the limit.
     FrameTooLarge {
         /// What it was.

@@ -3,13 +3,15 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use chorus_beacon::{Executor, ExecutorEffect, ExecutorInput, Requester, RequesterEffect, RequesterInput};
+use chorus_beacon::{
+    Executor, ExecutorEffect, ExecutorInput, JobEventKind, Requester, RequesterEffect, RequesterInput,
+};
 use chorus_ledger::{Ledger, LedgerEffect, LedgerEvent, LedgerInput, PersistBatch};
 use chorus_machine::{Ctx, Machine, Outbox, Time, earliest};
 use chorus_protocol::capability::{Capability, Skill};
-use chorus_protocol::entry::Body;
-use chorus_protocol::message::Direct;
-use chorus_protocol::{NodeId, SecretKey};
+use chorus_protocol::entry::{Body, Entry};
+use chorus_protocol::message::{Direct, LedgerGossip};
+use chorus_protocol::{NodeId, SecretKey, Verified};
 use chorus_scheduler::spec::MAX_SKILLS;
 use chorus_scheduler::{Scheduler, SchedulerEffect, SchedulerInput};
 
@@ -41,6 +43,8 @@ pub struct Node {
     /// What the node offers; said again before it expires.
     offer: Option<Arc<Capability>>,
     announce_at: Option<Time>,
+    /// Nodes that it is connected to.
+    peers: usize,
     /// Numbers the appends, so that their failures can be told apart in the log.
     appends: u64,
     /// Routes not yet taken. Empty between turns, unless a turn hit its limit.
@@ -60,6 +64,7 @@ impl Node {
             scheduler: Scheduler::new(config.scheduler.clone()),
             offer: None,
             announce_at: None,
+            peers: 0,
             appends: 0,
             routes: VecDeque::new(),
             config,
@@ -201,8 +206,14 @@ impl Node {
                 }
                 RequesterEffect::Send { to, message } => self.send(to, message, out),
                 RequesterEffect::Append(body) => self.append(body),
-                RequesterEffect::Event(event) => self.route(Route::Scheduler(SchedulerInput::Job(event))),
+                RequesterEffect::Event(event) => {
+                    if !matches!(event.kind, JobEventKind::Progress { .. }) {
+                        out.push(Effect::Event(NodeEvent::Job(event.clone())));
+                    }
+                    self.route(Route::Scheduler(SchedulerInput::Job(event)));
+                }
                 RequesterEffect::Done { job, result } => {
+                    out.push(Effect::Event(NodeEvent::JobEnded { job, error: result.as_ref().err().cloned() }));
                     self.route(Route::Scheduler(SchedulerInput::JobDone { job, result }));
                 }
                 RequesterEffect::Penalise { peer, reason } => {
@@ -231,7 +242,11 @@ impl Node {
     fn on_scheduler(&mut self, effects: &mut Outbox<SchedulerEffect>, out: &mut Outbox<Effect>) {
         for effect in effects.drain() {
             match effect {
-                SchedulerEffect::Submit(spec) => self.route(Route::Requester(RequesterInput::Submit(spec))),
+                SchedulerEffect::Submit(spec) => {
+                    let submitted = NodeEvent::JobSubmitted { job: spec.job, task: spec.task, kind: spec.kind };
+                    out.push(Effect::Event(submitted));
+                    self.route(Route::Requester(RequesterInput::Submit(spec)));
+                }
                 SchedulerEffect::CancelJob(job) => self.route(Route::Requester(RequesterInput::Cancel(job))),
                 SchedulerEffect::Embed { request, text } => out.push(Effect::Embed { request, text }),
                 SchedulerEffect::Event(event) => out.push(Effect::Task(event)),
@@ -286,8 +301,15 @@ impl Node {
 
     fn on_net(&mut self, cx: &mut Ctx<'_>, input: NetInput, out: &mut Outbox<Effect>) {
         match input {
-            NetInput::PeerUp(peer) => self.route(Route::Ledger(LedgerInput::PeerUp(peer))),
+            NetInput::PeerUp(peer) => {
+                self.peers += 1;
+                if self.peers == 1 {
+                    self.publish_offer(out);
+                }
+                self.route(Route::Ledger(LedgerInput::PeerUp(peer)));
+            }
             NetInput::PeerDown(peer) => {
+                self.peers = self.peers.saturating_sub(1);
                 self.route(Route::Ledger(LedgerInput::PeerDown(peer)));
                 self.route(Route::Requester(RequesterInput::PeerDown(peer)));
                 self.route(Route::Executor(ExecutorInput::PeerDown(peer)));
@@ -295,6 +317,16 @@ impl Node {
             NetInput::Gossip { token, from, topic, bytes } => self.on_gossip(cx, token, from, topic, &bytes, out),
             NetInput::Direct { from, bytes } => self.on_direct(from, &bytes, out),
             NetInput::SendFailed { to } => self.send_failed(to),
+        }
+    }
+
+    /// Gossips again what the node offers: what it said while it was alone, nobody heard. The first neighbour would learn of it by
+    /// reconciliation, and the others each from its neighbour, a round at a time.
+    fn publish_offer(&mut self, out: &mut Outbox<Effect>) {
+        let own = |entry: &&Verified<Entry>| entry.author() == self.me && matches!(entry.body, Body::Capability(_));
+        let said = self.ledger.entries().find(own).map(Verified::to_wire);
+        if let Some(entry) = said {
+            self.publish_ledger(&LedgerGossip::Entry(entry), out);
         }
     }
 
@@ -393,5 +425,61 @@ impl Machine for Node {
         self.scheduler.expire(cx, &mut effects);
         self.on_scheduler(&mut effects, out);
         self.run(cx, out);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use chorus_machine::Rng;
+    use chorus_protocol::WallTime;
+
+    use super::*;
+    use crate::io::Topic;
+
+    /// Hands a node one input; its disk answers at once. Returns what it gossiped.
+    fn gossiped(node: &mut Node, input: Input) -> Vec<Vec<u8>> {
+        let (mut rng, mut out) = (Rng::from_u64(1), Outbox::new());
+        let mut cx = Ctx { now: Time::from_millis(1), wall: WallTime::from_millis(1_700_000_000_000), rng: &mut rng };
+        node.handle(&mut cx, input, &mut out);
+        let mut frames = Vec::new();
+        while !out.is_empty() {
+            for effect in out.drain().collect::<Vec<_>>() {
+                match effect {
+                    Effect::Persist(PersistBatch { batch, .. }) => {
+                        node.handle(&mut cx, Input::Store(StoreInput::Persisted { batch }), &mut out);
+                    }
+                    Effect::Publish { topic: Topic::Ledger, bytes } => frames.push(bytes),
+                    _ => {}
+                }
+            }
+        }
+        frames
+    }
+
+    #[test]
+    fn what_was_offered_in_solitude_is_said_again_to_the_first_neighbour() {
+        let mut node = Node::new(NodeConfig::new("test".parse().unwrap()), SecretKey::from_bytes(&[1; 32]));
+        let peer = |n: u8| SecretKey::from_bytes(&[n; 32]).node_id();
+        let net = |input| Input::Net(input);
+        assert!(gossiped(&mut node, net(NetInput::PeerUp(peer(2)))).is_empty(), "nothing to say yet");
+        gossiped(&mut node, net(NetInput::PeerDown(peer(2))));
+        let capability = Capability {
+            name: Default::default(),
+            software: Default::default(),
+            models: Default::default(),
+            devices: Default::default(),
+            slots: 1,
+            skills: Default::default(),
+            tools: Default::default(),
+        };
+        let said = gossiped(&mut node, Input::Command(Command::Offer(Box::new(capability))));
+        assert_eq!(said.len(), 1);
+        assert_eq!(gossiped(&mut node, net(NetInput::PeerUp(peer(2)))), said);
+        assert!(gossiped(&mut node, net(NetInput::PeerUp(peer(3)))).is_empty(), "the second hears it from the first");
+        for n in [2, 3] {
+            gossiped(&mut node, net(NetInput::PeerDown(peer(n))));
+        }
+        assert_eq!(gossiped(&mut node, net(NetInput::PeerUp(peer(4)))), said, "alone again, and not alone any more");
     }
 }
