@@ -1,0 +1,14 @@
+//! Tiny language models of the llama architecture, in the layout of Hugging Face, which mistral.rs loads as it is.
+
+mod checkpoint;
+mod config;
+mod model;
+mod sample;
+mod tokenizer;
+
+pub use checkpoint::{load, save};
+pub use config::PolicyConfig;
+pub use model::{Cache, Policy};
+pub(crate) use model::{MASKED, log_softmax};
+pub use sample::{Sample, Sampler};
+pub use tokenizer::{END, Tokenizer, VOCABULARY};

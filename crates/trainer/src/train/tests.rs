@@ -1,0 +1,266 @@
+//! The learner against mathematics: gradients by finite differences, sampling against training, resumption, and a policy that learns.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss, clippy::float_cmp)]
+
+use candle_core::Tensor;
+use chorus_machine::Rng;
+
+use super::*;
+use crate::env::{Environment, Task};
+use crate::policy::{END, Policy, PolicyConfig, Sample, Sampler, Tokenizer};
+
+fn policy(seed: u64) -> Policy {
+    Policy::random(PolicyConfig::tiny(2, 32), seed).unwrap()
+}
+
+fn rows() -> Vec<(Vec<u32>, Vec<u32>)> {
+    [("12+34=", "46"), ("7-5=", "2"), ("99+1=", "100")]
+        .map(|(prompt, answer)| {
+            let mut answer = Tokenizer.encode(answer);
+            answer.push(END);
+            (Tokenizer.encode(prompt), answer)
+        })
+        .to_vec()
+}
+
+fn loss(policy: &Policy, rows: &[(Vec<u32>, Vec<u32>)]) -> Tensor {
+    let rows: Vec<(&[u32], &[u32])> = rows.iter().map(|(prompt, answer)| (&prompt[..], &answer[..])).collect();
+    let batch = Batch::new(&rows).unwrap();
+    ((batch.logprobs(policy).unwrap() * batch.answers()).unwrap().sum_all().unwrap()).neg().unwrap()
+}
+
+#[test]
+fn gradients_are_those_of_finite_differences() {
+    const STEP: f64 = 1e-3;
+    let (policy, rows) = (policy(1), rows());
+    let gradients = loss(&policy, &rows).backward().unwrap();
+    for (name, weight) in policy.weights() {
+        let gradient = gradients.get(weight).unwrap().clone();
+        // Along the gradient the loss rises by its length: one number that every entry takes part in.
+        let length = f64::from(gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt();
+        let original = weight.as_tensor().copy().unwrap();
+        let at = |step: f64| {
+            weight.set(&(&original + (&gradient * (step / length)).unwrap()).unwrap()).unwrap();
+            f64::from(loss(&policy, &rows).to_scalar::<f32>().unwrap())
+        };
+        let slope = (at(STEP) - at(-STEP)) / (2.0 * STEP);
+        weight.set(&original).unwrap();
+        assert!((slope / length - 1.0).abs() < 0.03, "{name}: {slope} and not {length}");
+    }
+}
+
+/// A trajectory drawn from `policy`, as a sampler would hand it over.
+fn draw(policy: &Policy, prompts: &[&str], seed: u64) -> Vec<Trajectory> {
+    let prompts: Vec<Vec<u32>> = prompts.iter().map(|prompt| Tokenizer.encode(prompt)).collect();
+    let sampler = Sampler { max_tokens: 6, temperature: 1.0 };
+    let samples = sampler.draw(policy, &prompts, &mut Rng::from_u64(seed)).unwrap();
+    let trajectory = |(prompt, sample): (Vec<u32>, Sample)| Trajectory {
+        prompt,
+        tokens: sample.tokens,
+        logprobs: sample.logprobs,
+        reward: 0.0,
+    };
+    prompts.into_iter().zip(samples).map(trajectory).collect()
+}
+
+/// The logarithms of a trajectory's probabilities as the learner computes them.
+fn recompute(policy: &Policy, row: &Trajectory) -> Vec<f32> {
+    let batch = Batch::new(&[(&row.prompt, &row.tokens)]).unwrap();
+    let all: Vec<f32> = batch.logprobs(policy).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    all[row.prompt.len() - 1..][..row.tokens.len()].to_vec()
+}
+
+#[test]
+fn a_sampler_with_cache_and_padding_computes_what_the_learner_computes() {
+    let policy = policy(2);
+    for row in draw(&policy, &["1+1=", "48-7=", "99+100=", "5"], 1) {
+        for (drawn, learned) in row.logprobs.iter().zip(recompute(&policy, &row)) {
+            assert!((drawn - learned).abs() < 1e-4, "{drawn} and {learned}");
+        }
+    }
+}
+
+#[test]
+fn the_likeliest_answer_is_the_same_alone_and_beside_others() {
+    let policy = policy(3);
+    let greedy = Sampler { max_tokens: 8, temperature: 0.0 };
+    let prompts: Vec<Vec<u32>> = ["7+5=", "100-99=", "3"].map(|prompt| Tokenizer.encode(prompt)).to_vec();
+    let together = greedy.draw(&policy, &prompts, &mut Rng::from_u64(0)).unwrap();
+    for (prompt, beside) in prompts.iter().zip(together) {
+        let alone = greedy.draw(&policy, std::slice::from_ref(prompt), &mut Rng::from_u64(9)).unwrap();
+        assert_eq!(alone[0].tokens, beside.tokens);
+    }
+}
+
+#[test]
+fn drawn_tokens_follow_their_probabilities() {
+    let policy = policy(4);
+    let first: Vec<(u32, f32)> = (0..8)
+        .flat_map(|seed| draw(&policy, &["2+2="; 500], seed))
+        .map(|row| (row.tokens[0], row.logprobs[0]))
+        .collect();
+    let (token, logprob) = first[0];
+    let share = first.iter().filter(|(other, _)| *other == token).count() as f64 / first.len() as f64;
+    let expected = f64::from(logprob).exp();
+    let deviation = (expected * (1.0 - expected) / first.len() as f64).sqrt();
+    assert!((share - expected).abs() < 5.0 * deviation, "{share} and not {expected}");
+}
+
+#[test]
+fn advantages_have_no_mean_and_unit_deviation() {
+    let advantages = advantages(&[1.0, 0.0, 0.0, 1.0]);
+    assert!(advantages.iter().sum::<f32>().abs() < 1e-6);
+    assert!(advantages.iter().all(|advantage| (advantage.abs() - 1.0).abs() < 1e-3));
+    assert_eq!(super::advantages(&[0.5; 4]), [0.0; 4]);
+}
+
+/// Two answers to one prompt, of which the first is rewarded.
+fn pair(policy: &Policy) -> Vec<Trajectory> {
+    let mut group = draw(policy, &["2+2=", "2+2="], 5);
+    assert_ne!(group[0].tokens, group[1].tokens, "the seed gives two answers");
+    group[0].reward = 1.0;
+    group
+}
+
+fn total(policy: &Policy, row: &Trajectory) -> f32 {
+    recompute(policy, row).iter().sum()
+}
+
+fn learner(seed: u64, grpo: GrpoConfig) -> Learner {
+    let optimizer = AdamWConfig { rate: 1e-3, warm_up: 1, ..AdamWConfig::default() };
+    Learner::new(policy(seed), LearnerConfig { grpo, optimizer })
+}
+
+#[test]
+fn a_step_makes_the_rewarded_answer_likelier_and_the_other_less_so() {
+    let mut learner = learner(6, GrpoConfig::default());
+    let group = pair(learner.policy());
+    let before = [total(learner.policy(), &group[0]), total(learner.policy(), &group[1])];
+    let report = learner.step(std::slice::from_ref(&group)).unwrap();
+    assert!((report.importance - 1.0).abs() < 1e-3 && report.truncated == 0.0, "fresh rollouts: {report:?}");
+    assert!(total(learner.policy(), &group[0]) > before[0]);
+    assert!(total(learner.policy(), &group[1]) < before[1]);
+}
+
+#[test]
+fn a_group_without_a_difference_teaches_nothing() {
+    let mut learner = learner(7, GrpoConfig::default());
+    let group = draw(learner.policy(), &["2+2="; 4], 1);
+    let before = total(learner.policy(), &group[0]);
+    let report = learner.step(std::slice::from_ref(&group)).unwrap();
+    assert_eq!((report.useful, report.gradient), (0.0, 0.0));
+    assert_eq!(total(learner.policy(), &group[0]), before);
+}
+
+#[test]
+fn importance_is_truncated_and_the_clip_ends_a_second_pass() {
+    let mut stale = learner(8, GrpoConfig::default());
+    let mut group = pair(stale.policy());
+    for row in &mut group {
+        // A sampler under which these tokens were ten times rarer.
+        row.logprobs.iter_mut().for_each(|logprob| *logprob -= 10_f32.ln());
+    }
+    let report = stale.step(std::slice::from_ref(&group)).unwrap();
+    assert!((report.importance - 10.0).abs() < 0.1, "{report:?}");
+    assert_eq!(report.truncated, 1.0);
+
+    let drift = |grpo: GrpoConfig| {
+        let mut learner = learner(9, grpo);
+        let group = pair(learner.policy());
+        let before = total(learner.policy(), &group[0]);
+        learner.step(std::slice::from_ref(&group)).unwrap();
+        total(learner.policy(), &group[0]) - before
+    };
+    let open = drift(GrpoConfig { passes: 30, clip_low: 1.0, clip_high: 1e9, ..GrpoConfig::default() });
+    let clipped = drift(GrpoConfig { passes: 30, ..GrpoConfig::default() });
+    assert!(clipped < open / 2.0, "without the clip {open}, with it {clipped}");
+}
+
+#[test]
+fn a_loss_that_is_no_number_changes_nothing() {
+    let mut learner = learner(10, GrpoConfig::default());
+    let mut group = pair(learner.policy());
+    let clean = group.clone();
+    group[0].reward = f32::NAN;
+    let before = total(learner.policy(), &clean[0]);
+    let error = learner.step(&[group]).unwrap_err().to_string();
+    assert!(error.contains("no number"), "{error}");
+    assert_eq!((total(learner.policy(), &clean[0]), learner.steps()), (before, 0));
+}
+
+/// The least that can be learned: answer with the letter that was shown.
+#[derive(Debug)]
+struct Echo;
+
+impl Environment for Echo {
+    fn name(&self) -> String {
+        "echo-1".to_owned()
+    }
+
+    fn task(&self, seed: u64) -> Task {
+        let letter = if seed % 2 == 0 { "a" } else { "b" };
+        Task { seed, prompt: format!("{}{letter}:", seed % 100), solution: letter.to_owned() }
+    }
+
+    fn reward(&self, task: &Task, answer: &str) -> f32 {
+        f32::from(u8::from(answer == task.solution))
+    }
+
+    fn max_tokens(&self) -> usize {
+        2
+    }
+}
+
+/// A policy that knows letters but not which one is asked for.
+fn warm(seed: u64) -> Policy {
+    let policy = policy(seed);
+    let mut optimizer = AdamW::new(AdamWConfig { rate: 3e-3, ..AdamWConfig::default() });
+    // A few steps at a time: the step at which it begins to answer at all is not the same everywhere.
+    for round in 0..100 {
+        imitate(&policy, &Echo, WarmStart { steps: 4, tasks: 16, seed: seed + round }, &mut optimizer).unwrap();
+        if evaluate(&policy, &Echo, 64, 1.0).unwrap() > 0.2 {
+            break;
+        }
+    }
+    policy
+}
+
+fn train(learner: &mut Learner, steps: u64) {
+    for step in learner.steps()..steps {
+        let rollouts = roll_out(learner.policy(), &Echo, Round { groups: 8, members: 8, seed: 1 }, step).unwrap();
+        learner.step(&rollouts).unwrap();
+    }
+}
+
+#[test]
+fn rewards_alone_teach_a_policy_to_answer() {
+    let optimizer = AdamWConfig { rate: 3e-3, ..AdamWConfig::default() };
+    let mut learner = Learner::new(warm(11), LearnerConfig { optimizer, ..LearnerConfig::default() });
+    let before = evaluate(learner.policy(), &Echo, 64, 1.0).unwrap();
+    train(&mut learner, 120);
+    let after = evaluate(learner.policy(), &Echo, 64, 1.0).unwrap();
+    assert!(before < 0.6 && after > 0.95, "from {before} to {after}");
+}
+
+#[test]
+fn a_resumed_run_goes_on_exactly_where_it_stopped() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = directory.path().join("policy");
+    let mut through = Learner::new(warm(12), LearnerConfig::default());
+    train(&mut through, 6);
+    let mut first = Learner::new(warm(12), LearnerConfig::default());
+    train(&mut first, 3);
+    first.save(&at).unwrap();
+    first.save(&at).unwrap();
+    let mut second = Learner::resume(&at).unwrap();
+    assert_eq!(second.steps(), 3);
+    train(&mut second, 6);
+    for (name, weight) in through.policy().weights() {
+        let values = |policy: &Policy| policy.weights()[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(weight.flatten_all().unwrap().to_vec1::<f32>().unwrap(), values(second.policy()), "{name}");
+    }
+    // The old checkpoint serves when the process died between taking it away and putting the new one in its place.
+    std::fs::rename(&at, directory.path().join("policy.old")).unwrap();
+    assert_eq!(Learner::resume(&at).unwrap().steps(), 3);
+    std::fs::write(directory.path().join("policy.old/optimizer.safetensors"), b"rubbish").unwrap();
+    assert!(Learner::resume(&at).is_err());
+}
