@@ -9,14 +9,15 @@
 //! 3. What would change the meaning is an error, worded for the planner, which gets one chance to repair it.
 //! 4. A step that says nothing (`How to do it`) is no mistake of form but a model out of its depth. It is not asked again
 //!    ([`PlanError::is_repairable`]): of four such plans that SmolLM2-135M was told to repair, none became better.
-//! 5. A plan that was cut off by the token limit keeps its whole steps and gets a last one that answers the question.
+//! 5. So is a step that a planner took over from its example.
+//! 6. A plan that was cut off by the token limit keeps its whole steps and gets a last one that answers the question.
 //!
 //! The last step is the answer. It needs whatever no other step uses, or that work would be lost.
 
 use std::collections::BTreeSet;
 
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Steps of a plan.
 pub const MAX_STEPS: usize = 8;
@@ -28,6 +29,14 @@ pub const MAX_SKILL_BYTES: usize = 48;
 pub const MAX_SKILL_WORDS: usize = 4;
 /// Bytes of a planner's text that are looked at.
 const MAX_TEXT_BYTES: usize = 16 * 1024;
+/// A question and its plan, shown to planners as if it had been asked before.
+pub(crate) const EXAMPLE: (&str, &str) = (
+    "Ben has 3 boxes with 8 pens each and loses 5 pens. Is the number of pens left even? Answer yes or no.",
+    concat!(
+        r#"{"steps": [{"ask": "Compute 3 boxes times 8 pens minus 5 lost pens.", "skill": "arithmetic", "needs": []}, "#,
+        r#"{"ask": "Say whether the number of pens left is even.", "skill": "logic", "needs": [1]}]}"#
+    ),
+);
 /// What stands in place of a last step that was cut off.
 pub const ANSWER_THE_QUESTION: &str = "Answer the question.";
 /// The requirement of a step that names none.
@@ -127,7 +136,7 @@ impl Plan {
             });
         }
         let plan = Self::validate(merge_repeated(raw))?;
-        match first_vague(&plan.steps, question) {
+        match first_copied(&plan.steps, question).or_else(|| first_vague(&plan.steps, question)) {
             Some(step) => Err(PlanError::Vague { step }),
             None => Ok(plan),
         }
@@ -179,18 +188,27 @@ impl Plan {
     }
 }
 
-/// Returns the JSON Schema of a plan of at most `steps` steps: small, because a grammar is compiled for every job.
+/// Returns the JSON Schema of a plan of two to `steps` steps: small, because a grammar is compiled for every job. A single step
+/// would be the question over again, which needs no plan. Skills are chosen from `tags`, which some node has; without tags they
+/// are free.
 #[must_use]
-pub fn schema(steps: u8) -> String {
+pub fn schema(steps: u8, tags: &[&str]) -> String {
     let steps = usize::from(steps).clamp(1, MAX_STEPS);
+    let skill = if tags.is_empty() {
+        r#"{"type":"string","minLength":3,"maxLength":32}"#.to_owned()
+    } else {
+        json!({ "enum": tags }).to_string()
+    };
     format!(
         concat!(
-            r#"{{"type":"object","properties":{{"steps":{{"type":"array","minItems":1,"maxItems":{steps},"items":{{"type":"object","#,
-            r#""properties":{{"ask":{{"type":"string","minLength":4,"maxLength":160}},"skill":{{"type":"string","minLength":3,"maxLength":32}},"#,
+            r#"{{"type":"object","properties":{{"steps":{{"type":"array","minItems":{least},"maxItems":{steps},"items":{{"type":"object","#,
+            r#""properties":{{"ask":{{"type":"string","minLength":12,"maxLength":160}},"skill":{skill},"#,
             r#""needs":{{"type":"array","maxItems":{needs},"items":{{"type":"integer","minimum":1,"maximum":{steps}}}}}}},"#,
             r#""required":["ask","skill","needs"],"additionalProperties":false}}}}}},"required":["steps"],"additionalProperties":false}}"#
         ),
+        least = steps.min(2),
         steps = steps,
+        skill = skill,
         needs = steps.saturating_sub(1).max(1),
     )
 }
@@ -334,6 +352,13 @@ fn tie_loose_ends(steps: &mut [Step]) {
     let mut needs: BTreeSet<u8> = last.needs.iter().copied().collect();
     needs.extend(loose);
     last.needs = needs.into_iter().collect();
+}
+
+/// Returns a step that a planner took from its example, which has nothing to do with the question.
+fn first_copied(steps: &[Step], question: &str) -> Option<usize> {
+    let (example, plan) = EXAMPLE;
+    let copied = || steps.iter().position(|step| plan.contains(&format!("\"{}\"", step.ask))).map(|at| at + 1);
+    (question != example).then(copied)?
 }
 
 /// Returns a step that says too little for somebody who sees neither the question nor anything else: fewer than three words, or

@@ -3,8 +3,9 @@
 //! Why they look as they do:
 //!
 //! - One user turn, no system turn: the executor's own system prompt stands before it, and many chat templates take only one.
-//! - No example and no template. SmolLM2-135M copied a template (`{"ask":"<what to do>", …}`) word for word in seven plans of seven;
-//!   the grammar sees to the shape, and the fields are said in words for engines that have none.
+//! - A planner is shown one example as an earlier turn, and the question last. SmolLM2-135M copied a template (`{"ask":"<what to
+//!   do>", …}`) word for word in seven plans of seven, and without any example wrote about the instruction or the list of skills.
+//!   A plan that copies the example is off the question, and refused as any such plan is ([`crate::plan`]).
 //! - Short, because a CPU reads a prompt about as slowly as it writes, and because small models follow the last line best. So
 //!   the question stands before the instruction wherever the answer is wanted.
 //! - The instruction for the answer never holds a possible answer. A model that repeats it must not seem to have answered.
@@ -17,7 +18,7 @@ use chorus_protocol::capability::Skill;
 use chorus_protocol::job::{Role, Turn};
 
 use crate::answer::{AnswerFormat, INSTRUCTION};
-use crate::plan::{ANSWER_THE_QUESTION, PlanError};
+use crate::plan::{ANSWER_THE_QUESTION, EXAMPLE, PlanError};
 
 /// What a planner is looked for by. It is the same for every task, so it gives nothing away and is embedded once.
 pub(crate) const PLANNER_SKILL: &str = "planning: breaking a question into steps";
@@ -35,11 +36,10 @@ const MAX_BAD_PLAN_BYTES: usize = 2 * 1024;
 /// Skills that are named to a planner.
 const MAX_NAMED_SKILLS: usize = 12;
 
-const PLAN: &str = "Split the question into at most {steps} short steps for helpers. \
-A helper sees only its own step, so repeat in it every fact it needs. The last step gives the final answer.\n\
+const PLAN: &str = "Split a question into at most {steps} short steps for helpers. \
+A helper sees only its own step, so repeat in it every fact of the question that it needs. The last step gives the final answer. \
 Write JSON with a list \"steps\". Each step has \"ask\" (what to do), \"skill\" (the kind of work, in one or two words) \
 and \"needs\" (the numbers of the steps whose results it uses).";
-
 const REPAIR: &str = "This plan cannot be used: {error}.\nWrite the corrected JSON only.";
 
 /// A step's task and its result.
@@ -49,8 +49,15 @@ pub(crate) struct Note<'a> {
     pub(crate) result: &'a str,
 }
 
-/// Asks for a plan.
+/// Asks for a plan: the instruction with an example, as a question that was answered, and then the question.
 pub(crate) fn plan(question: &str, context: &[Turn], skills: &[Skill], steps: u8) -> Vec<Turn> {
+    let mut asked = PLAN.replace("{steps}", &steps.to_string());
+    let tags = named_tags(skills);
+    if !tags.is_empty() {
+        let _ = write!(asked, " The skills of helpers are: {}.", tags.join(", "));
+    }
+    let (example, example_plan) = EXAMPLE;
+    let _ = write!(asked, "\n\nQuestion: {example}");
     let mut text = String::new();
     if !context.is_empty() {
         let chat: String =
@@ -58,15 +65,18 @@ pub(crate) fn plan(question: &str, context: &[Turn], skills: &[Skill], steps: u8
         let tail = &chat[chat.ceil_char_boundary(chat.len().saturating_sub(MAX_PLAN_CONTEXT_BYTES))..];
         let _ = write!(text, "The chat so far:\n{tail}\n");
     }
-    let _ = write!(text, "Question: {}\n\n", cut(question, MAX_PLAN_QUESTION_BYTES));
-    text.push_str(&PLAN.replace("{steps}", &steps.to_string()));
+    let _ = write!(text, "Question: {}", cut(question, MAX_PLAN_QUESTION_BYTES));
+    let answered = Turn { role: Role::Assistant, content: Text::truncated(example_plan) };
+    vec![user(&asked), answered, user(&text)]
+}
+
+/// Returns the tags of the ledger's skills that a planner may choose from, in order.
+pub(crate) fn named_tags(skills: &[Skill]) -> Vec<&str> {
     let mut tags: Vec<&str> = skills.iter().flat_map(|skill| skill.tags.iter().map(Text::as_str)).collect();
     tags.sort_unstable();
     tags.dedup();
-    if !tags.is_empty() {
-        let _ = write!(text, "\nSkills that helpers have: {}.", tags[..tags.len().min(MAX_NAMED_SKILLS)].join(", "));
-    }
-    vec![user(&text)]
+    tags.truncate(MAX_NAMED_SKILLS);
+    tags
 }
 
 /// Asks for a plan once more, with what was wrong with the first.
@@ -232,8 +242,18 @@ mod tests {
         assert!(text(&turns).starts_with("Question: What is 2 + 3?"));
         assert!(Plan::parse(text(&turns), false, "What is 2 + 3?").is_err());
         let again = repair(turns, "nonsense", &PlanError::NotJson);
-        assert_eq!(again.len(), 3);
+        assert_eq!(again.len(), 5);
         assert!(text(&again).contains("not JSON"));
+    }
+
+    #[test]
+    fn the_example_is_a_plan_of_its_own_question_and_of_no_other() {
+        let (question, plan) = EXAMPLE;
+        assert_eq!(Plan::parse(plan, false, question).unwrap().steps().len(), 2);
+        assert!(Plan::parse(plan, false, "What is the date 10 days before Christmas?").is_err());
+        let last = plan.replace("Compute 3 boxes times 8 pens minus 5 lost pens.", "Compute 10 days before Christmas.");
+        let copied = Plan::parse(&last, false, "What is the date 10 days before Christmas?");
+        assert_eq!(copied, Err(PlanError::Vague { step: 2 }), "a step of the example is no step of this");
     }
 
     #[test]

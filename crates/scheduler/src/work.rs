@@ -114,7 +114,7 @@ impl Task {
         Some(Order {
             kind: JobKind::Plan,
             turns,
-            json_schema: Some(plan::schema(steps)),
+            json_schema: Some(plan::schema(steps, &prompt::named_tags(&self.spec.skills))),
             stop: List::default(),
             want: PLAN_MAX_TOKENS,
             keep: self.answer_reserve(chain),

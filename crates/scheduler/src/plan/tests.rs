@@ -149,10 +149,14 @@ fn requirements_are_short_and_plain() {
 #[test]
 fn the_schema_is_small_and_valid_json() {
     for steps in [0, 1, 4, 8, 200] {
-        let schema = schema(steps);
-        let value: Value = serde_json::from_str(&schema).unwrap();
-        let max = value["properties"]["steps"]["maxItems"].as_u64().unwrap();
-        assert!((1..=8).contains(&max) && schema.len() < 600, "{} bytes", schema.len());
+        let free = schema(steps, &[]);
+        let value: Value = serde_json::from_str(&free).unwrap();
+        let bound = |name: &str| value["properties"]["steps"][name].as_u64().unwrap();
+        assert!((1..=8).contains(&bound("maxItems")) && free.len() < 600, "{} bytes", free.len());
+        assert_eq!(bound("minItems"), bound("maxItems").min(2));
+        let named: Value = serde_json::from_str(&schema(steps, &["logic", "a \"quote\""])).unwrap();
+        let skill = &named["properties"]["steps"]["items"]["properties"]["skill"]["enum"];
+        assert_eq!(*skill, serde_json::json!(["logic", "a \"quote\""]));
     }
 }
 

@@ -101,7 +101,7 @@ fn a_bad_plan_is_repaired_once_and_then_the_chain_answers_directly() {
     let first = world.plans()[0].clone();
     world.reply(&first, node(1), 0.9, "I would add the numbers.");
     let repair = world.plans()[0].clone();
-    assert_eq!(repair.payload.turns.len(), 3);
+    assert_eq!(repair.payload.turns.len(), 5);
     assert!(prompt(&repair).contains("not JSON"));
     assert_ne!(repair.payload.seed, first.payload.seed);
     world.reply(&repair, node(1), 0.9, r#"{"steps":[]}"#);
