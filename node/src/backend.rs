@@ -18,6 +18,7 @@ use chorus_protocol::capability::Capability;
 use chorus_protocol::entry::Entry;
 use chorus_protocol::job::{self, Role};
 use chorus_protocol::{Hash, NodeId, TaskId, Verified};
+use chorus_store::StoreError;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -27,6 +28,7 @@ use crate::config::{Config, EngineKind};
 use crate::driver::{NodeHandle, Stopped};
 use crate::executor::Engines;
 use crate::metrics::Metrics;
+use crate::storage::TaskRecords;
 
 /// How long a peer stays blocked: until it is unblocked or this node restarts.
 const BLOCK: Duration = Duration::from_secs(365 * 24 * 3_600);
@@ -40,6 +42,7 @@ pub(crate) struct NodeBackend {
     handle: NodeHandle,
     net: NetHandle,
     tasks: Arc<TaskLog>,
+    records: TaskRecords,
     metrics: Arc<Metrics>,
     /// Draws ids and seeds for clients.
     rng: Mutex<Rng>,
@@ -57,18 +60,20 @@ struct Loaded {
 }
 
 impl NodeBackend {
+    #[allow(clippy::too_many_arguments, reason = "the parts of a node, each named by its type")]
     pub(crate) fn new(
         config: Config,
         me: NodeId,
         handle: NodeHandle,
         net: NetHandle,
         tasks: Arc<TaskLog>,
+        records: TaskRecords,
         metrics: Arc<Metrics>,
         rng: Rng,
     ) -> Self {
         let loaded = RwLock::new(Loaded::default());
         let rng = Mutex::new(rng);
-        Self { config, me, handle, net, tasks, metrics, rng, started: Instant::now(), loaded }
+        Self { config, me, handle, net, tasks, records, metrics, rng, started: Instant::now(), loaded }
     }
 
     /// Takes the engines into service for direct requests.
@@ -123,6 +128,10 @@ impl NodeBackend {
 
 fn stopping(_: Stopped) -> BackendError {
     BackendError::ShuttingDown
+}
+
+fn disk_error(error: StoreError) -> BackendError {
+    BackendError::Disk { reason: error.to_string() }
 }
 
 fn engine_error(error: &EngineError) -> BackendError {
@@ -243,12 +252,21 @@ impl Backend for NodeBackend {
 
     async fn embed(&self, texts: Vec<String>) -> Result<Embedded, BackendError> {
         let embedder = self.loaded().engines.embedder.ok_or(BackendError::NoEmbedder)?;
-        let vectors = embedder.embed(&texts).await.map_err(|error| engine_error(&error))?;
-        Ok(Embedded { vectors: vectors.iter().map(|vector| vector.to_vec()).collect(), tokens: 0 })
+        let embedded = embedder.embed(&texts).await.map_err(|error| engine_error(&error))?;
+        let vectors = embedded.embeddings.iter().map(|vector| vector.to_vec()).collect();
+        Ok(Embedded { vectors, tokens: embedded.tokens })
     }
 
     async fn ask(&self, spec: TaskSpec) -> Result<(), BackendError> {
         self.handle.command(Command::Ask(Box::new(spec))).await.map_err(stopping)
+    }
+
+    async fn keep(&self, task: TaskId, record: Option<Vec<u8>>) -> Result<(), BackendError> {
+        self.records.keep(task, record).await.map_err(disk_error)
+    }
+
+    async fn kept(&self) -> Result<Vec<(TaskId, Vec<u8>)>, BackendError> {
+        self.records.kept().await.map_err(disk_error)
     }
 
     async fn cancel(&self, task: TaskId) -> Result<(), BackendError> {

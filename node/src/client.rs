@@ -12,6 +12,8 @@ use crate::process::RUN_FILE;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long an event stream may be silent. The API sends a comment every five seconds when it has nothing to say.
+const SILENCE: Duration = Duration::from_secs(16);
 /// The longest line that an event stream may hold.
 const MAX_EVENT_BYTES: usize = 1 << 20;
 
@@ -65,9 +67,8 @@ impl ApiClient {
         }
         let mut body = self.send(request).await?.bytes_stream();
         let mut pending = Vec::new();
-        while let Some(piece) = body.next().await {
-            pending
-                .extend_from_slice(&piece.map_err(|error| CommandError::failed(format!("the stream broke: {error}")))?);
+        while let Some(piece) = self.piece(body.next()).await? {
+            pending.extend_from_slice(&piece);
             while let Some(end) = pending.windows(2).position(|pair| pair == b"\n\n") {
                 let block: Vec<u8> = pending.drain(..end + 2).collect();
                 if let Some(event) = parse_event(&String::from_utf8_lossy(&block))
@@ -81,6 +82,22 @@ impl ApiClient {
             }
         }
         Ok(())
+    }
+
+    /// Waits for the next piece of an event stream, which may be a comment.
+    async fn piece(
+        &self,
+        next: impl Future<Output = Option<reqwest::Result<impl Into<Vec<u8>>>>>,
+    ) -> Result<Option<Vec<u8>>, CommandError> {
+        match tokio::time::timeout(SILENCE, next).await {
+            Ok(piece) => {
+                let piece = piece.transpose();
+                let piece = piece.map_err(|error| CommandError::failed(format!("the stream of events broke: {error}")));
+                Ok(piece?.map(Into::into))
+            }
+            Err(_) => Err(CommandError::failed(format!("the node at {} fell silent for {SILENCE:?}", self.base))
+                .hint("it may be stopped, or its machine overloaded: `chorus doctor` says what blocks it")),
+        }
     }
 
     async fn send(&self, request: RequestBuilder) -> Result<Response, CommandError> {

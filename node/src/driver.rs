@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::executor::{EngineShell, Engines};
 use crate::metrics::Metrics;
+use crate::spans::JobSpans;
 use crate::storage::Disk;
 
 /// Requests of the API and the commands that may wait.
@@ -104,6 +105,7 @@ pub(crate) struct Driver {
     inputs: mpsc::Receiver<Input>,
     requests: mpsc::Receiver<Request>,
     engine: EngineShell,
+    jobs: JobSpans,
     tasks: Arc<TaskLog>,
     metrics: Arc<Metrics>,
     shutdown: CancellationToken,
@@ -123,6 +125,7 @@ impl Driver {
             net_events: parts.net_events,
             disk: parts.disk,
             engine: EngineShell::new(parts.inputs_tx),
+            jobs: JobSpans::default(),
             inputs: parts.inputs_rx,
             requests,
             tasks: parts.tasks,
@@ -293,9 +296,12 @@ impl Driver {
         }
     }
 
-    fn on_event(&self, event: &NodeEvent) {
+    fn on_event(&mut self, event: &NodeEvent) {
         self.metrics.on_event(event);
         match event {
+            NodeEvent::JobSubmitted { job, task, kind } => self.jobs.submitted(*job, *task, *kind),
+            NodeEvent::Job(event) => self.jobs.on_event(event),
+            NodeEvent::JobEnded { job, error } => self.jobs.ended(job, error.as_ref()),
             NodeEvent::AppendFailed { reason } => {
                 tracing::error!(reason, "an entry of this node was not written; free the disk, or look at its log");
             }

@@ -123,7 +123,7 @@ impl EngineShell {
 /// Embeds one text, or says that there is no embedding for it.
 pub(crate) async fn embed_one(embedder: &Embedder, text: String) -> Option<Embedding> {
     match tokio::time::timeout(EMBED_TIMEOUT, embedder.embed(&[text])).await {
-        Ok(Ok(vectors)) => vectors.first().and_then(Embedding::from_f32),
+        Ok(Ok(embedded)) => embedded.embeddings.first().and_then(Embedding::from_f32),
         Ok(Err(error)) => {
             tracing::warn!(%error, "no embedding");
             None
@@ -148,10 +148,8 @@ async fn generate(
     let request = request(&payload, &engines.system_prompt);
     let work = engine.generate(request, chunk_tx, cancel.clone());
     let forward = async {
-        let mut tokens = 0;
-        while let Some(chunk) = chunk_rx.recv().await {
-            tokens += 1;
-            let text = if payload.stream { chunk.text } else { String::new() };
+        while let Some(Chunk { text, tokens }) = chunk_rx.recv().await {
+            let text = if payload.stream { text } else { String::new() };
             if inputs.send(Input::Engine(EngineInput::Progress { run, tokens, text })).await.is_err() {
                 break;
             }

@@ -17,6 +17,7 @@ mod keyfile;
 mod logs;
 mod metrics;
 mod process;
+mod spans;
 mod storage;
 
 use std::process::ExitCode;

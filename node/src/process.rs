@@ -47,7 +47,8 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
     let network = config.network_id()?;
     let key = prepare(&config)?;
     let (inputs_tx, inputs_rx) = mpsc::channel(INPUT_QUEUE);
-    let (disk, restored) = Disk::open(&config.data_dir, &network, inputs_tx.clone()).map_err(CommandError::machine)?;
+    let (disk, restored, records) =
+        Disk::open(&config.data_dir, &network, inputs_tx.clone()).map_err(CommandError::machine)?;
     let (net, net_events) = Net::start(net_config(&config, &network)?, &key).await.map_err(CommandError::machine)?;
     let mut rng = Rng::from_seed(entropy()?);
     let shutdown = CancellationToken::new();
@@ -65,7 +66,8 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
         shutdown: shutdown.clone(),
     });
     driver.restore(restored);
-    let backend = Arc::new(NodeBackend::new(config.clone(), key.node_id(), handle.clone(), net, tasks, metrics, rng));
+    let backend =
+        Arc::new(NodeBackend::new(config.clone(), key.node_id(), handle.clone(), net, tasks, records, metrics, rng));
     let api = ApiConfig { token: token(&config), ..ApiConfig::new(config.api.listen) };
     let bound =
         chorus_api::serve(api, Arc::clone(&backend) as _, shutdown.clone()).await.map_err(CommandError::machine)?;

@@ -4,15 +4,19 @@ use std::path::{Path, PathBuf};
 
 use chorus_core::{Input, PersistBatch, Restored, StoreInput};
 use chorus_protocol::entry::Entry;
-use chorus_protocol::{NetworkId, Verified};
-use chorus_store::{Batch, Completion, Durability, Loaded, Store, StoreError, StoreHandle, SubmitError};
+use chorus_protocol::{NetworkId, TaskId, Verified};
+use chorus_store::{Batch, Completion, Durability, Loaded, Record, Store, StoreError, StoreHandle, SubmitError};
 use tokio::sync::mpsc;
+use tokio::task::JoinError;
 
 use crate::config::Config;
 use crate::error::CommandError;
 
 /// Batches that may wait for the disk.
 const WRITE_QUEUE: usize = 1_024;
+
+/// The table of tasks that must outlive the process.
+const TASKS: &str = "tasks";
 
 /// The ledger's directory inside the data directory.
 fn ledger_dir(data_dir: &Path) -> PathBuf {
@@ -30,9 +34,9 @@ impl Disk {
         data_dir: &Path,
         network: &NetworkId,
         inputs: mpsc::Sender<Input>,
-    ) -> Result<(Self, Restored), StoreError> {
+    ) -> Result<(Self, Restored, TaskRecords), StoreError> {
         let store = Store::open(&ledger_dir(data_dir), network)?;
-        let restored = restored(store.load()?);
+        let (restored, records) = (restored(store.load()?), TaskRecords { store: store.clone() });
         let on_done = move |Completion { batch, result }: Completion| {
             let input = match result {
                 Ok(()) => StoreInput::Persisted { batch },
@@ -42,7 +46,7 @@ impl Disk {
             let _ = inputs.blocking_send(Input::Store(input));
         };
         let writer = StoreHandle::spawn(store, WRITE_QUEUE, Box::new(on_done))?;
-        Ok((Self { writer }, restored))
+        Ok((Self { writer }, restored, records))
     }
 
     /// Hands a batch to the writer, or gives it back when the queue is full.
@@ -76,6 +80,38 @@ impl Disk {
     /// Writes what was handed in, and closes.
     pub(crate) fn close(self) {
         self.writer.shutdown();
+    }
+}
+
+/// What is on disk of tasks that must outlive the process; the API knows what the records say.
+#[derive(Clone)]
+pub(crate) struct TaskRecords {
+    store: Store,
+}
+
+impl TaskRecords {
+    /// Writes a record in place of an earlier one, or deletes it. Returns when the disk has it.
+    pub(crate) async fn keep(&self, task: TaskId, record: Option<Vec<u8>>) -> Result<(), StoreError> {
+        let record = Record { table: TASKS, key: task.as_bytes().to_vec(), value: record };
+        let batch = Batch { records: vec![record], durability: Durability::Synced, ..Batch::default() };
+        self.off_the_runtime(move |store| store.apply(&batch)).await
+    }
+
+    /// Reads all of them.
+    pub(crate) async fn kept(&self) -> Result<Vec<(TaskId, Vec<u8>)>, StoreError> {
+        let pairs = self.off_the_runtime(|store| store.records(TASKS)).await?;
+        let known = |(key, record): (Vec<u8>, Vec<u8>)| Some((TaskId::from_bytes(key.try_into().ok()?), record));
+        Ok(pairs.into_iter().filter_map(known).collect())
+    }
+
+    /// Waits for the disk on a thread that may wait.
+    async fn off_the_runtime<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (store, path) = (self.store.clone(), self.store.path().to_owned());
+        let died = |error: JoinError| StoreError::Io { path, detail: error.to_string() };
+        tokio::task::spawn_blocking(move || work(&store)).await.map_err(died)?
     }
 }
 

@@ -95,6 +95,9 @@ pub struct NodeOptions {
     pub args: Vec<String>,
     /// The data directory, where it is not one of the swarm's own.
     pub data_dir: Option<PathBuf>,
+    /// Whether [`Node::limit_files`] will be used: then a file that may not grow is an error to the process, as a full disk is,
+    /// and not a signal that ends it.
+    pub limited: bool,
 }
 
 impl NodeOptions {
@@ -195,6 +198,7 @@ impl Swarm {
 pub struct Node {
     dir: PathBuf,
     args: Vec<String>,
+    limited: bool,
     child: Option<Child>,
     api: String,
     http: Client,
@@ -213,7 +217,7 @@ impl Node {
         args.extend(["--data-dir".to_owned(), dir.display().to_string()]);
         args.extend(options.args.iter().cloned());
         let http = Client::builder().no_proxy().timeout(PATIENCE).build().expect("an HTTP client");
-        Self { dir, args, child: None, api: String::new(), http }
+        Self { dir, args, limited: options.limited, child: None, api: String::new(), http }
     }
 
     /// Starts the process.
@@ -223,7 +227,13 @@ impl Node {
     pub fn spawn(&mut self, bootstrap: &[String]) {
         let _ = fs::remove_file(self.dir.join("run.json"));
         let log = File::options().create(true).append(true).open(self.log_path()).expect("a log file");
-        let mut command = Command::new(binary());
+        let mut command = if self.limited {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", r#"trap "" XFSZ; exec "$0" "$@""#]).arg(binary());
+            shell
+        } else {
+            Command::new(binary())
+        };
         command.args(&self.args);
         for peer in bootstrap {
             command.args(["--bootstrap", peer]);
@@ -278,6 +288,30 @@ impl Node {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+
+    /// Sends the process a signal, by its name without `SIG`.
+    ///
+    /// # Panics
+    /// When there is no `kill`.
+    pub fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([format!("-{name}"), self.pid().to_string()]).status();
+        assert!(sent.expect("a `kill`").success());
+    }
+
+    /// Lets the process's files grow to `bytes` and no further, or as they like. For a process that writes, none is a full disk.
+    /// Needs no privilege, unlike a file system of its own. Returns whether this system can do it.
+    #[must_use]
+    pub fn limit_files(&self, bytes: Option<u64>) -> bool {
+        let soft = bytes.map_or_else(|| "unlimited".to_owned(), |bytes| bytes.to_string());
+        let args = [format!("--pid={}", self.pid()), format!("--fsize={soft}:unlimited")];
+        self.limited && Command::new("prlimit").args(args).status().is_ok_and(|status| status.success())
+    }
+
+    /// Returns where the API listens.
+    #[must_use]
+    pub fn api(&self) -> &str {
+        &self.api
     }
 
     /// Returns the node's directory.
@@ -373,8 +407,15 @@ impl Node {
     /// When the stream breaks.
     #[must_use]
     pub fn events(&self, task: &str) -> Vec<Value> {
-        let text = self.get_text(&format!("/v1/tasks/{task}/events"));
-        text.lines().filter_map(|line| serde_json::from_str(line.strip_prefix("data:")?.trim()).ok()).collect()
+        sse_data(&self.get_text(&format!("/v1/tasks/{task}/events")))
+    }
+
+    /// Prepares a command of the binary against this node.
+    #[must_use]
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command.args(&self.args).args(args).stdin(Stdio::null());
+        command
     }
 
     /// Runs a command of the binary against this node.
@@ -383,8 +424,14 @@ impl Node {
     /// When the binary cannot be run.
     #[must_use]
     pub fn cli(&self, args: &[&str]) -> Output {
-        Command::new(binary()).args(&self.args).args(args).stdin(Stdio::null()).output().expect("the binary runs")
+        self.command(args).output().expect("the binary runs")
     }
+}
+
+/// Returns the data of server-sent events, as far as it is JSON.
+#[must_use]
+pub fn sse_data(text: &str) -> Vec<Value> {
+    text.lines().filter_map(|line| serde_json::from_str(line.strip_prefix("data:")?.trim()).ok()).collect()
 }
 
 fn zombie(pid: u32) -> bool {

@@ -6,6 +6,7 @@ mod api;
 mod faults;
 mod input;
 mod model;
+mod survival;
 mod weight;
 
 /// A file that nobody listed above would be a test that never runs.

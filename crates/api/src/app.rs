@@ -16,6 +16,7 @@ use crate::backend::Backend;
 use crate::config::ApiConfig;
 use crate::error::{BackendError, Fault};
 use crate::guard;
+use crate::journal::Journal;
 use crate::observe::HttpMetrics;
 use crate::task_log::{TaskMeta, TaskStream};
 
@@ -31,6 +32,7 @@ pub(crate) struct Shared {
     pub backend: Arc<dyn Backend>,
     pub shutdown: CancellationToken,
     pub metrics: HttpMetrics,
+    pub journal: Journal,
     /// When the API was started, in seconds since the Unix epoch.
     pub started: u64,
     generations: Arc<Semaphore>,
@@ -44,6 +46,7 @@ impl Shared {
             generations: Arc::new(Semaphore::new(cfg.max_generations)),
             streams: Arc::new(Semaphore::new(cfg.max_streams)),
             metrics: HttpMetrics::default(),
+            journal: Journal::default(),
             started: since.as_secs(),
             cfg,
             backend,
@@ -104,16 +107,22 @@ pub(crate) async fn read_body(app: &Shared, request: Request) -> Result<Bytes, F
     })?
 }
 
-/// Opens a task in the log, hands it to the swarm, and returns its events from the first one on.
-pub(crate) async fn open_task(app: &Shared, spec: TaskSpec) -> Result<TaskStream, Fault> {
-    let task = spec.task;
+/// Returns what the log keeps of a task's question.
+pub(crate) fn meta(spec: &TaskSpec) -> TaskMeta {
     let strategy = match spec.strategy {
         Strategy::Chains { planners } => format!("chains of {planners} planners"),
         strategy => strategy.name().to_owned(),
     };
+    TaskMeta { question: spec.question.clone(), strategy }
+}
+
+/// Opens a task in the log, hands it to the swarm, and returns its events from the first one on.
+pub(crate) async fn open_task(app: &Shared, spec: TaskSpec) -> Result<TaskStream, Fault> {
+    let task = spec.task;
     let log = app.backend.tasks();
-    log.open(task, TaskMeta { question: spec.question.clone(), strategy }).map_err(|full| {
-        BackendError::Overloaded { what: "the list of tasks under way".to_owned(), limit: full.limit }
+    log.open(task, meta(&spec)).map_err(|full| BackendError::Overloaded {
+        what: "the list of tasks under way".to_owned(),
+        limit: full.limit,
     })?;
     let events = log.subscribe(task, 0).ok_or(BackendError::TaskNotFound { task })?;
     if let Err(fault) = within(app.cfg.request_timeout, "handing the task to the node", app.backend.ask(spec)).await {

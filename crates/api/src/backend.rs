@@ -66,6 +66,12 @@ pub trait Backend: Send + Sync + 'static {
     /// included, comes through the log.
     async fn ask(&self, spec: TaskSpec) -> Result<(), BackendError>;
 
+    /// Writes a task's record to disk in place of an earlier one, or deletes it. Returns when the disk has it.
+    async fn keep(&self, task: TaskId, record: Option<Vec<u8>>) -> Result<(), BackendError>;
+
+    /// Returns the records that are on disk.
+    async fn kept(&self) -> Result<Vec<(TaskId, Vec<u8>)>, BackendError>;
+
     /// Takes a task back. A task that is unknown or has ended is no error.
     async fn cancel(&self, task: TaskId) -> Result<(), BackendError>;
 }

@@ -58,7 +58,7 @@ impl ApiConfig {
             request_timeout: Duration::from_secs(10),
             generate_timeout: Duration::from_secs(600),
             task_deadline: Duration::from_secs(120),
-            keep_alive: Duration::from_secs(15),
+            keep_alive: Duration::from_secs(5),
         }
     }
 

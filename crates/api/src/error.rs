@@ -89,6 +89,12 @@ pub enum BackendError {
         /// How long it may take.
         limit: Duration,
     },
+    /// The disk does not take what must be on it before the request is acknowledged.
+    #[error("the task was not taken, because it cannot be written to disk: {reason}")]
+    Disk {
+        /// Why, and what to do.
+        reason: String,
+    },
     /// Somebody took the request back.
     #[error("the request was cancelled before it was done; send it again")]
     Cancelled,
@@ -141,6 +147,7 @@ impl BackendError {
                 }
             }
             Self::Timeout { .. } => 504,
+            Self::Disk { .. } => 507,
             Self::Task(error) => task_status(error),
         }
     }
@@ -158,6 +165,7 @@ impl BackendError {
             Self::InvalidRequest { .. } => "invalid_value",
             Self::Engine { .. } => "engine_failed",
             Self::Timeout { .. } => "timeout",
+            Self::Disk { .. } => "disk_failed",
             Self::Cancelled => "cancelled",
             Self::TaskNotFound { .. } => "task_not_found",
             Self::EntryNotFound { .. } => "entry_not_found",
@@ -171,7 +179,7 @@ impl BackendError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Starting { .. } | Self::Overloaded { .. } | Self::Timeout { .. } => true,
+            Self::Starting { .. } | Self::Overloaded { .. } | Self::Timeout { .. } | Self::Disk { .. } => true,
             Self::Engine { retryable, .. } => *retryable,
             Self::Task(error) => error.is_retryable(),
             _ => false,
@@ -224,7 +232,7 @@ impl Fault {
         BackendError::Timeout { what: what.into(), limit }.into()
     }
 
-    #[cfg(test)]
+    /// Returns what it says to people.
     pub(crate) fn message(&self) -> &str {
         &self.message
     }

@@ -36,6 +36,7 @@ mod embeddings;
 mod error;
 mod fields;
 mod guard;
+mod journal;
 mod listener;
 pub mod metrics;
 mod models;
@@ -43,6 +44,7 @@ mod node;
 mod observe;
 mod options;
 mod serve;
+mod shape;
 mod task_log;
 mod tasks;
 

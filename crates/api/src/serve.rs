@@ -21,7 +21,7 @@ use crate::config::{ApiConfig, ApiError};
 use crate::error::Fault;
 use crate::guard::HEALTH_ROUTE;
 use crate::listener::{ConnectionHandle, Listener};
-use crate::{chat, embeddings, models, node, observe, tasks};
+use crate::{chat, embeddings, journal, models, node, observe, tasks};
 
 /// How long answers that are under way may take once the node ends. Streams end at once.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -63,6 +63,7 @@ pub async fn serve(
     let local_addr = socket.local_addr().map_err(|source| ApiError::from_bind(listen, source))?;
     let listener = Listener::new(socket, cfg.max_connections, cfg.idle_timeout, cfg.write_timeout);
     let app = Arc::new(Shared::new(cfg, backend, shutdown.clone()));
+    journal::restore(&app).await;
     let service = router(app).into_make_service_with_connect_info::<ConnectionHandle>();
     let serving = axum::serve(listener, service).with_graceful_shutdown(shutdown.clone().cancelled_owned());
     let server = tokio::spawn(async move {

@@ -16,6 +16,8 @@
 //! 4. A stream ends when the task has ended and its last event has been read. The last event says how it ended; if the node gave
 //!    none, the log makes it from the outcome.
 //!
+//! 5. Of a task that ended before the node was started only the last event is there; the journal has kept it.
+//!
 //! Bounds: events and bytes of one task, tasks, bytes of all tasks. Tasks that ended are forgotten first, the oldest before all.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -26,7 +28,8 @@ use std::time::{Duration, Instant, SystemTime};
 use chorus_core::{TaskAnswer, TaskError, TaskEvent, TaskEventKind};
 use chorus_protocol::TaskId;
 use futures::stream::{self, BoxStream, StreamExt};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use tokio::sync::watch;
 
 /// Events of one task that are kept; an event may be a single token of text.
@@ -75,6 +78,8 @@ pub type Outcome = Result<Arc<TaskAnswer>, TaskError>;
 pub enum LogItem {
     /// The next event.
     Event(Arc<TaskEvent>),
+    /// The last event of a task that ended before the node was started, as it was told then.
+    Recorded(Arc<Recorded>),
     /// Events that were forgotten before the reader came to them.
     Missed {
         /// The first of them.
@@ -84,11 +89,28 @@ pub enum LogItem {
     },
 }
 
+/// The last event of a task that ended before the node was started.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    /// Its number.
+    pub index: u64,
+    /// The event, as JSON.
+    pub event: Value,
+    /// How long the task took.
+    pub took: Duration,
+}
+
+impl Recorded {
+    fn state(&self) -> TaskState {
+        if self.event["event"] == "finished" { TaskState::Finished } else { TaskState::Failed }
+    }
+}
+
 /// A task's events, from one place on to its end.
 pub type TaskStream = BoxStream<'static, LogItem>;
 
 /// What is kept of a question.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct TaskMeta {
     /// The question, or its beginning.
     pub question: String,
@@ -161,6 +183,8 @@ struct Ring {
     events: VecDeque<Arc<TaskEvent>>,
     bytes: usize,
     outcome: Option<(Outcome, Duration)>,
+    /// All that is left of a task that ended before the node was started.
+    recorded: Option<Arc<Recorded>>,
 }
 
 impl Default for TaskLog {
@@ -181,7 +205,41 @@ impl TaskLog {
     /// # Errors
     /// [`TaskLogFull`] when every place is taken by a task under way.
     pub fn open(&self, task: TaskId, meta: TaskMeta) -> Result<(), TaskLogFull> {
-        lock(&self.inner).open(task, meta, &self.limits).map(|_| ())
+        lock(&self.inner).open(task, meta, SystemTime::now(), &self.limits).map(|_| ())
+    }
+
+    /// Makes room for a task that was asked at `created`, before the node was started, and is about to be asked again. Its
+    /// events go on at number `first`.
+    ///
+    /// # Errors
+    /// [`TaskLogFull`] when every place is taken by a task under way.
+    pub fn reopen(&self, task: TaskId, meta: TaskMeta, created: SystemTime, first: u64) -> Result<(), TaskLogFull> {
+        let record = lock(&self.inner).open(task, meta, created, &self.limits)?;
+        lock(&record.ring).first = first;
+        Ok(())
+    }
+
+    /// Takes in a task that was asked at `created` and ended before the node was started.
+    ///
+    /// # Errors
+    /// [`TaskLogFull`] when every place is taken by a task under way.
+    pub fn restore(
+        &self,
+        task: TaskId,
+        meta: TaskMeta,
+        created: SystemTime,
+        recorded: Recorded,
+    ) -> Result<(), TaskLogFull> {
+        let mut inner = lock(&self.inner);
+        let record = inner.open(task, meta, created, &self.limits)?;
+        let bytes = recorded.event.to_string().len();
+        {
+            let mut ring = lock(&record.ring);
+            (ring.bytes, ring.recorded) = (bytes, Some(Arc::new(recorded)));
+        }
+        inner.bytes += bytes;
+        inner.ended.push_back(task);
+        Ok(())
     }
 
     /// Forgets a task that the node did not take.
@@ -194,10 +252,12 @@ impl TaskLog {
         let mut inner = lock(&self.inner);
         let record = match inner.records.get(&event.task) {
             Some(record) => Arc::clone(record),
-            None if event.index == 0 => match inner.open(event.task, TaskMeta::default(), &self.limits) {
-                Ok(record) => record,
-                Err(error) => return tracing::warn!(task = %event.task, %error, "a task's events are not kept"),
-            },
+            None if event.index == 0 => {
+                match inner.open(event.task, TaskMeta::default(), SystemTime::now(), &self.limits) {
+                    Ok(record) => record,
+                    Err(error) => return tracing::warn!(task = %event.task, %error, "a task's events are not kept"),
+                }
+            }
             None => return,
         };
         inner.append(&record, event, &self.limits);
@@ -238,6 +298,19 @@ impl TaskLog {
         ring.outcome.as_ref().map(|(outcome, _)| outcome.clone())
     }
 
+    /// Returns the event that says how a task ended, as JSON: it holds the `result` or the `error`. `None` when the task is under
+    /// way, or not known.
+    #[must_use]
+    pub fn last_event(&self, task: TaskId) -> Option<Value> {
+        let record = self.record(task)?;
+        let ring = lock(&record.ring);
+        match (&ring.recorded, &ring.outcome, ring.events.back()) {
+            (Some(recorded), ..) => Some(recorded.event.clone()),
+            (None, Some(_), Some(last)) => Some(json!(**last)),
+            _ => None,
+        }
+    }
+
     /// Returns a task in a line. `None` when it is not known.
     #[must_use]
     pub fn summary(&self, task: TaskId) -> Option<TaskSummary> {
@@ -267,7 +340,13 @@ impl TaskLog {
 }
 
 impl Inner {
-    fn open(&mut self, task: TaskId, mut meta: TaskMeta, limits: &TaskLogLimits) -> Result<Arc<Record>, TaskLogFull> {
+    fn open(
+        &mut self,
+        task: TaskId,
+        mut meta: TaskMeta,
+        created: SystemTime,
+        limits: &TaskLogLimits,
+    ) -> Result<Arc<Record>, TaskLogFull> {
         if let Some(record) = self.records.get(&task) {
             return Ok(Arc::clone(record));
         }
@@ -281,7 +360,7 @@ impl Inner {
         let record = Arc::new(Record {
             task,
             meta,
-            created: SystemTime::now(),
+            created,
             started: Instant::now(),
             ring: Mutex::default(),
             changed: watch::Sender::new(()),
@@ -327,7 +406,10 @@ impl Inner {
 
 impl Ring {
     fn next_index(&self) -> u64 {
-        self.first + self.events.len() as u64
+        match &self.recorded {
+            Some(recorded) => recorded.index + 1,
+            None => self.first + self.events.len() as u64,
+        }
     }
 
     /// Takes an event, unless it is there already or the task has ended.
@@ -376,12 +458,12 @@ impl Ring {
 impl Record {
     fn summary(&self) -> TaskSummary {
         let ring = lock(&self.ring);
-        let state = match &ring.outcome {
-            None => TaskState::Running,
-            Some((Ok(_), _)) => TaskState::Finished,
-            Some((Err(_), _)) => TaskState::Failed,
+        let (state, elapsed) = match (&ring.recorded, &ring.outcome) {
+            (Some(recorded), _) => (recorded.state(), recorded.took),
+            (None, Some((Ok(_), took))) => (TaskState::Finished, *took),
+            (None, Some((Err(_), took))) => (TaskState::Failed, *took),
+            (None, None) => (TaskState::Running, self.started.elapsed()),
         };
-        let elapsed = ring.outcome.as_ref().map_or_else(|| self.started.elapsed(), |(_, took)| *took);
         TaskSummary {
             id: self.task,
             state,
@@ -418,9 +500,15 @@ impl Reader {
 
     fn look(&mut self) -> Look {
         let ring = lock(&self.record.ring);
-        if self.next < ring.first {
-            let from = mem::replace(&mut self.next, ring.first);
-            return Look::Item(LogItem::Missed { from, to: ring.first - 1 });
+        let first = ring.recorded.as_ref().map_or(ring.first, |recorded| recorded.index);
+        if self.next < first {
+            let from = mem::replace(&mut self.next, first);
+            return Look::Item(LogItem::Missed { from, to: first - 1 });
+        }
+        if let Some(recorded) = &ring.recorded {
+            let seen = self.next > recorded.index;
+            self.next = recorded.index + 1;
+            return if seen { Look::End } else { Look::Item(LogItem::Recorded(Arc::clone(recorded))) };
         }
         let at = usize::try_from(self.next - ring.first).unwrap_or(usize::MAX);
         match ring.events.get(at) {

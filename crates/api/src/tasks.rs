@@ -2,6 +2,9 @@
 //!
 //! Events are server-sent events, one JSON object each, with the event's number as `id`. A client that was cut off sends the last
 //! number it saw as `Last-Event-ID`, as browsers do by themselves, and goes on behind it; `?from=N` begins at a number of choice.
+//! A task that was taken outlives the process ([`journal`]). After a restart its numbers go on at a multiple of 2²⁰, and what lies
+//! between is told as `missed`.
+//!
 //! A stream ends with the task. Who comes back after that and has seen everything is answered with 204, which tells a browser's
 //! `EventSource` to stop.
 
@@ -20,15 +23,17 @@ use chorus_protocol::job::{Role, Turn};
 use futures::StreamExt;
 use serde_json::{Value, json};
 
-use crate::app::{App, open_task, read_body, within};
+use crate::app::{App, read_body, within};
 use crate::chat::fresh_seed;
 use crate::error::{BackendError, Fault};
 use crate::fields::{self, Fields};
+use crate::journal;
 use crate::options::{self, Sampling};
+use crate::shape::{self, Shape};
 use crate::task_log::{LogItem, TaskState, TaskSummary};
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
-/// Fields of a task besides those of [`options::NAMES`].
+/// Fields of a task besides those of [`shape::NAMES`] and [`options::NAMES`].
 const NAMES: [&str; 7] = ["question", "context", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed"];
 
 type Params = Query<BTreeMap<String, String>>;
@@ -39,20 +44,22 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     let task = TaskId::from_bytes(app.backend.draw_id());
     let spec = read(&app, task, &body)?;
     // The task goes on by itself; who wants its events asks for them.
-    drop(open_task(&app, spec).await?);
+    journal::accept(&app, spec, body).await?;
     let url = format!("/v1/tasks/{task}");
     let body = json!({ "id": task, "object": "task", "state": TaskState::Running, "url": url, "events": format!("{url}/events") });
     Ok((StatusCode::ACCEPTED, [(header::LOCATION, url)], Json(body)).into_response())
 }
 
-fn read(app: &App, task: TaskId, body: &Value) -> Result<TaskSpec, Fault> {
+/// Reads what is asked. What the request leaves open and must not change when it is read again is the seed alone.
+pub(crate) fn read(app: &App, task: TaskId, body: &Value) -> Result<TaskSpec, Fault> {
     let fields = Fields::root(body)?;
-    let known: Vec<&str> = NAMES.into_iter().chain(options::NAMES).collect();
+    let known: Vec<&str> = NAMES.into_iter().chain(shape::NAMES).chain(options::NAMES).collect();
     fields.only(&known)?;
     let mut spec = TaskSpec::new(task, fields.required_str("question")?);
     spec.deadline = app.cfg.task_deadline;
     spec.context = context(&fields)?;
     options::apply(&fields, &mut spec)?;
+    Shape::read(&fields)?.apply(&mut spec);
     let defaults = Sampling {
         max_tokens: spec.max_tokens,
         temperature: f64::from(spec.temperature_milli) / 1_000.0,
@@ -90,12 +97,13 @@ pub(crate) async fn list(State(app): State<App>) -> Json<Value> {
 /// `GET /v1/tasks/{id}`.
 pub(crate) async fn one(State(app): State<App>, Path(id): Path<String>) -> Result<Json<Value>, Fault> {
     let (task, summary) = find(&app, &id)?;
-    let outcome = app.backend.tasks().outcome(task);
     let mut body = shown(&summary);
-    match outcome {
-        Some(Ok(answer)) => body["result"] = json!(*answer),
-        Some(Err(error)) => body["error"] = json!(error),
-        None => {}
+    if let Some(mut last) = app.backend.tasks().last_event(task) {
+        for part in ["result", "error"] {
+            if let Some(value) = last.get_mut(part) {
+                body[part] = value.take();
+            }
+        }
     }
     Ok(Json(body))
 }
@@ -142,6 +150,7 @@ fn event(task: TaskId, item: &LogItem) -> Event {
             let data = serde_json::to_string(&**event).unwrap_or_default();
             Event::default().id(event.index.to_string()).data(data)
         }
+        LogItem::Recorded(recorded) => Event::default().id(recorded.index.to_string()).data(recorded.event.to_string()),
         LogItem::Missed { from, to } => {
             let data = json!({ "task": task, "event": "missed", "from": from, "to": to });
             Event::default().id(to.to_string()).data(data.to_string())

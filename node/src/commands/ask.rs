@@ -44,8 +44,9 @@ pub(crate) struct AskArgs {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// A model that every executor must run
-    #[arg(long = "with-model", value_name = "MODEL")]
-    model: Option<String>,
+    // Not `model`, which is the name of the flag for a node's own model: clap would take one for the other.
+    #[arg(long, value_name = "MODEL")]
+    with_model: Option<String>,
     /// Print only the answer
     #[arg(long, short)]
     quiet: bool,
@@ -77,7 +78,12 @@ async fn run(config: &Config, args: &AskArgs) -> Result<(), CommandError> {
             outcome.is_none()
         });
         tokio::select! {
-            followed = follow => if outcome.is_some() { break } else { followed? },
+            followed = follow => {
+                if outcome.is_some() {
+                    break;
+                }
+                followed.map_err(|error| error.hint(goes_on(&id)))?;
+            }
             _ = tokio::signal::ctrl_c() => {
                 api.delete(&format!("/v1/tasks/{id}")).await?;
                 return Err(CommandError::failed("cancelled"));
@@ -90,9 +96,13 @@ async fn run(config: &Config, args: &AskArgs) -> Result<(), CommandError> {
             Ok(())
         }
         Some(Outcome::Error(message)) => Err(CommandError::failed(message)),
-        None => Err(CommandError::failed("the node ended the event stream before the task ended")
-            .hint(format!("look at GET /v1/tasks/{id}"))),
+        None => Err(CommandError::failed("the node ended the event stream before the task ended").hint(goes_on(&id))),
     }
+}
+
+/// What becomes of a task whose events no longer come.
+fn goes_on(id: &str) -> String {
+    format!("the task goes on, also after a restart of the node: its answer will be at GET /v1/tasks/{id}")
 }
 
 fn body(args: &AskArgs) -> Value {
@@ -106,7 +116,7 @@ fn body(args: &AskArgs) -> Value {
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,
         "seed": args.seed,
-        "model": args.model,
+        "model": args.with_model,
     })
 }
 
@@ -270,7 +280,7 @@ fn print_answer(screen: &Screen, result: &Value, args: &AskArgs) {
         eprintln!();
     }
     let visible = |c: char| if c.is_control() && c != '\n' { '?' } else { c };
-    println!("{}", plain(&result["answer"]).chars().map(visible).collect::<String>());
+    println!("{}", answer_of(result, args).chars().map(visible).collect::<String>());
     if args.quiet {
         return;
     }
@@ -296,6 +306,11 @@ fn print_answer(screen: &Screen, result: &Value, args: &AskArgs) {
     }
 }
 
+/// The answer that won the vote; where one node was asked there was none to win, and the text is shown as it was written.
+fn answer_of<'r>(result: &'r Value, args: &AskArgs) -> &'r str {
+    plain(&result[if args.strategy == "direct" { "text" } else { "answer" }])
+}
+
 /// Who did what in one chain.
 fn chain_line(screen: &Screen, chain: &Value) -> String {
     let steps: Vec<String> = chain["steps"]
@@ -319,6 +334,8 @@ fn chain_line(screen: &Screen, chain: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::{Args, FromArgMatches};
+
     use super::*;
 
     #[test]
@@ -326,6 +343,18 @@ mod tests {
         assert_eq!(place(&json!({"chain": 0, "stage": "step", "step": 2})), "chain 1 step 2");
         assert_eq!(place(&json!({"chain": 2, "stage": "plan"})), "chain 3 plan");
         assert_eq!(place(&json!({})), "");
+    }
+
+    #[test]
+    fn one_nodes_answer_is_shown_as_it_was_written() {
+        let result = json!({"answer": "[red, green, blue]", "text": "Red, green, and blue."});
+        let asked = |strategy: &str| {
+            let args = ["ask", "Colours?", "--strategy", strategy];
+            AskArgs::from_arg_matches(&AskArgs::augment_args(clap::Command::new("ask")).get_matches_from(args))
+        };
+        for (strategy, shown) in [("direct", "Red, green, and blue."), ("chains", "[red, green, blue]")] {
+            assert_eq!(asked(strategy).map(|args| answer_of(&result, &args).to_owned()).ok().as_deref(), Some(shown));
+        }
     }
 
     #[test]

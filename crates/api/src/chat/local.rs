@@ -1,6 +1,5 @@
 //! A chat with this node's own engine.
 
-use chorus_protocol::job::Finish;
 use chorus_protocol::{Hash, TaskId};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::{JoinError, JoinHandle};
@@ -30,8 +29,8 @@ pub(crate) fn request(id: TaskId, chat: &ChatRequest, fresh_seed: u64) -> LocalR
         temperature,
         top_p,
         seed: chat.sampling.seed.unwrap_or(fresh_seed),
-        stop: chat.stop.clone(),
-        json_schema: chat.json_schema.clone(),
+        stop: chat.shape.stop.clone(),
+        json_schema: chat.shape.json_schema.clone(),
     }
 }
 
@@ -122,11 +121,8 @@ fn outcome(done: Result<Result<LocalReply, BackendError>, JoinError>) -> Result<
 
 fn completion(reply: LocalReply) -> Completion {
     Completion {
-        finish: match reply.finish {
-            Finish::Stop => "stop",
-            Finish::Length => "length",
-        },
-        usage: Some((u64::from(reply.prompt_tokens), u64::from(reply.completion_tokens))),
+        finish: reply.finish,
+        usage: (u64::from(reply.prompt_tokens), u64::from(reply.completion_tokens)),
         fingerprint: Some(reply.fingerprint).filter(|fingerprint| *fingerprint != Hash::ZERO),
         text: reply.text,
         chorus: None,

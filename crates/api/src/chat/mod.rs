@@ -21,6 +21,7 @@ mod text;
 use axum::extract::{Request, State};
 use axum::http::HeaderValue;
 use axum::response::{IntoResponse, Response};
+use chorus_protocol::job::Finish;
 use chorus_protocol::{Hash, TaskId};
 use serde_json::Value;
 use tokio::sync::mpsc;
@@ -54,10 +55,10 @@ pub(crate) enum Piece {
 pub(crate) struct Completion {
     /// All of the text.
     pub text: String,
-    /// `stop` or `length`.
-    pub finish: &'static str,
-    /// Tokens read and written, where they are known.
-    pub usage: Option<(u64, u64)>,
+    /// Why it ended.
+    pub finish: Finish,
+    /// Tokens read and written.
+    pub usage: (u64, u64),
     /// The weights that wrote it, if one model did.
     pub fingerprint: Option<Hash>,
     /// What else the swarm has to say.

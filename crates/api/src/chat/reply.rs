@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use axum::Json;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use chorus_protocol::job::Finish;
 use chorus_protocol::{Hash, TaskId};
 use futures::stream::{self, StreamExt};
 use serde_json::{Value, json};
@@ -78,10 +79,8 @@ fn completion(head: &Head, done: Completion) -> Value {
     reply
 }
 
-fn usage(usage: Option<(u64, u64)>) -> Value {
-    usage.map_or(Value::Null, |(prompt, completion)| {
-        json!({ "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt.saturating_add(completion) })
-    })
+fn usage((prompt, completion): (u64, u64)) -> Value {
+    json!({ "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt.saturating_add(completion) })
 }
 
 fn fingerprint(weights: Option<Hash>) -> Option<String> {
@@ -130,7 +129,7 @@ fn render(head: &Head, piece: Piece) -> Vec<String> {
     }
 }
 
-fn chunk(head: &Head, delta: &Value, finish: Option<&str>) -> Value {
+fn chunk(head: &Head, delta: &Value, finish: Option<Finish>) -> Value {
     let mut chunk = json!({
         "id": head.id,
         "object": "chat.completion.chunk",

@@ -12,15 +12,10 @@ use crate::backend::ChatTurn;
 use crate::error::{Fault, SWARM_MODEL};
 use crate::fields::{Fields, wrong_type};
 use crate::options::{self, Sampling};
+use crate::shape::Shape;
 
 /// Messages of one request.
 const MAX_MESSAGES: usize = 1_024;
-/// Texts that end an answer; what a job's payload can carry.
-const MAX_STOPS: usize = 8;
-/// Bytes of one of them; what a job's payload can carry.
-const MAX_STOP_BYTES: usize = 64;
-/// Bytes of a JSON Schema; what a job's payload can carry.
-const MAX_SCHEMA_BYTES: usize = 8_192;
 /// The most tokens of an answer when the request does not say. A small model that does not find its end would go on for as
 /// long as its context.
 const DEFAULT_MAX_TOKENS: u32 = 512;
@@ -31,8 +26,7 @@ pub(crate) struct ChatRequest {
     pub model: String,
     pub turns: Vec<ChatTurn>,
     pub sampling: Sampling,
-    pub stop: Vec<String>,
-    pub json_schema: Option<String>,
+    pub shape: Shape,
     pub stream: bool,
     pub include_usage: bool,
     /// Whether a task of the swarm goes on when the client leaves.
@@ -60,8 +54,7 @@ impl ChatRequest {
         Ok(Self {
             turns: turns(&fields)?,
             sampling: options::sampling(&fields, defaults)?,
-            stop: stops(&fields)?,
-            json_schema: json_schema(&fields)?,
+            shape: Shape::read(&fields)?,
             include_usage: include_usage(&fields, stream)?,
             background: swarm_options(&fields, &model, spec)?,
             stream,
@@ -166,50 +159,6 @@ fn joined(message: &Fields<'_>, parts: &[Value]) -> Result<String, Fault> {
     Ok(content)
 }
 
-fn stops(fields: &Fields<'_>) -> Result<Vec<String>, Fault> {
-    let stops: Vec<&str> = match fields.get("stop") {
-        None => Vec::new(),
-        Some(Value::String(stop)) => vec![stop],
-        Some(Value::Array(list)) => {
-            let strings = list
-                .iter()
-                .enumerate()
-                .map(|(at, stop)| stop.as_str().ok_or_else(|| wrong_type(&format!("stop[{at}]"), "a string", stop)));
-            strings.collect::<Result<_, _>>()?
-        }
-        Some(other) => return Err(wrong_type("stop", "a string or an array of strings", other)),
-    };
-    let sound = |stop: &&str| !stop.is_empty() && stop.len() <= MAX_STOP_BYTES;
-    if stops.len() > MAX_STOPS || !stops.iter().all(sound) {
-        let message = format!("'stop' takes up to {MAX_STOPS} texts of 1 to {MAX_STOP_BYTES} bytes; shorten it");
-        return Err(Fault::field("stop", "invalid_value", message));
-    }
-    Ok(stops.into_iter().map(str::to_owned).collect())
-}
-
-/// Returns the schema that the answer must satisfy, if `response_format` wants one.
-fn json_schema(fields: &Fields<'_>) -> Result<Option<String>, Fault> {
-    let Some(format) = fields.object("response_format")? else { return Ok(None) };
-    format.required("type")?;
-    let kinds = [("text", 0), ("json_object", 1), ("json_schema", 2)];
-    let schema = match format.word("type", &kinds)? {
-        Some(2) => {
-            let value = format.required("json_schema")?;
-            let spec = Fields::at(format.path("json_schema"), value)?;
-            let schema = spec.required("schema")?;
-            Fields::at(spec.path("schema"), schema)?;
-            schema.to_string()
-        }
-        Some(1) => r#"{"type":"object"}"#.to_owned(),
-        _ => return Ok(None),
-    };
-    if schema.len() > MAX_SCHEMA_BYTES {
-        let message = format!("the schema has {} bytes and {MAX_SCHEMA_BYTES} fit; shorten it", schema.len());
-        return Err(Fault::field("response_format.json_schema.schema", "invalid_value", message));
-    }
-    Ok(Some(schema))
-}
-
 fn include_usage(fields: &Fields<'_>, stream: bool) -> Result<bool, Fault> {
     let Some(options) = fields.object("stream_options")? else { return Ok(false) };
     if !stream {
@@ -274,9 +223,9 @@ mod tests {
         .unwrap();
         assert_eq!(request.turns[0], ChatTurn { role: Role::System, content: "Be brief.".to_owned() });
         assert_eq!(request.turns[1].content, "Hello");
-        assert_eq!((request.stop.as_slice(), request.sampling.seed), (["\n".to_owned()].as_slice(), Some(7)));
+        assert_eq!((request.shape.stop.as_slice(), request.sampling.seed), (["\n".to_owned()].as_slice(), Some(7)));
         assert!(request.stream && request.include_usage && !request.background);
-        assert_eq!(request.json_schema.as_deref(), Some(r#"{"type":"integer"}"#));
+        assert_eq!(request.shape.json_schema.as_deref(), Some(r#"{"type":"integer"}"#));
         assert_eq!(request.question().unwrap().0, "?");
     }
 

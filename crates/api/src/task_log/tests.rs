@@ -31,6 +31,7 @@ fn answer(task: TaskId) -> TaskAnswer {
         task,
         answer: "4".to_owned(),
         text: "It is 4.".to_owned(),
+        finish: chorus_protocol::job::Finish::Stop,
         margin: 1.0,
         tie: false,
         low_margin: false,
@@ -53,6 +54,7 @@ async fn read(stream: TaskStream) -> (Vec<u64>, Vec<u64>) {
         match item {
             LogItem::Event(event) => seen.push(event.index),
             LogItem::Missed { from, to } => missed.extend(from..=to),
+            LogItem::Recorded(recorded) => panic!("{recorded:?} was never restored"),
         }
     }
     (seen, missed)

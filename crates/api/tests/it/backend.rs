@@ -1,5 +1,6 @@
 //! A small backend. What is under test is the HTTP layer above it, so it answers by rote: nothing here is a model or a swarm.
 
+use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -10,7 +11,7 @@ use chorus_api::{
     Backend, BackendError, Embedded, Health, LedgerFilter, LedgerPage, LocalReply, LocalRequest, ModelCard, ModelKind,
     TaskLog,
 };
-use chorus_core::{TaskAnswer, TaskError, TaskEvent, TaskEventKind, TaskSpec};
+use chorus_core::{EVENTS_A_RUN, TaskAnswer, TaskError, TaskEvent, TaskEventKind, TaskSpec};
 use chorus_protocol::job::Finish;
 use chorus_protocol::{Hash, JobId, NodeId, SecretKey, TaskId};
 use chorus_scheduler::{ChainReport, Place, StepReport};
@@ -28,7 +29,7 @@ pub const SLOW: Duration = Duration::from_millis(20);
 #[derive(Default)]
 pub struct Rote {
     pub tasks: Arc<TaskLog>,
-    ids: AtomicU64,
+    pub ids: AtomicU64,
     pub requests: Mutex<Vec<LocalRequest>>,
     pub specs: Mutex<Vec<TaskSpec>>,
     pub filters: Mutex<Vec<LedgerFilter>>,
@@ -39,7 +40,10 @@ pub struct Rote {
     pub no_embedder: AtomicBool,
     /// What `status` waits for.
     pub hang: AtomicBool,
-    running: Mutex<Vec<(TaskId, CancellationToken)>>,
+    pub running: Mutex<Vec<(TaskId, CancellationToken)>>,
+    /// The disk, which a later API may be given.
+    pub disk: Arc<Mutex<BTreeMap<TaskId, Vec<u8>>>>,
+    pub disk_full: AtomicBool,
 }
 
 pub fn node(number: u8) -> NodeId {
@@ -176,6 +180,22 @@ impl Backend for Face {
         Ok(())
     }
 
+    async fn keep(&self, task: TaskId, record: Option<Vec<u8>>) -> Result<(), BackendError> {
+        if self.disk_full.load(Ordering::SeqCst) {
+            return Err(BackendError::Disk { reason: "no room left; free some space".to_owned() });
+        }
+        let mut disk = self.disk.lock().unwrap();
+        match record {
+            Some(record) => disk.insert(task, record),
+            None => disk.remove(&task),
+        };
+        Ok(())
+    }
+
+    async fn kept(&self) -> Result<Vec<(TaskId, Vec<u8>)>, BackendError> {
+        Ok(self.disk.lock().unwrap().clone().into_iter().collect())
+    }
+
     async fn cancel(&self, task: TaskId) -> Result<(), BackendError> {
         self.cancelled.lock().unwrap().push(task);
         for (_, cancel) in self.running.lock().unwrap().iter().filter(|(running, _)| *running == task) {
@@ -187,7 +207,8 @@ impl Backend for Face {
 
 /// Plays a task.
 async fn run(rote: Arc<Rote>, spec: TaskSpec, cancel: CancellationToken) {
-    let mut play = Play { rote: &rote, task: spec.task, index: 0 };
+    let first = u64::from(spec.restarts) * EVENTS_A_RUN;
+    let mut play = Play { rote: &rote, task: spec.task, index: first };
     play.push(TaskEventKind::Accepted {
         strategy: spec.strategy.name(),
         chains: 1,
@@ -218,7 +239,7 @@ async fn run(rote: Arc<Rote>, spec: TaskSpec, cancel: CancellationToken) {
             WORDS.iter().for_each(|word| play.text(2, word));
         }
         "differ" => {
-            play.text(1, "Hm, ");
+            play.text(1, "The answers, ");
             play.push(lose(1));
             WORDS.iter().for_each(|word| play.text(2, word));
         }
@@ -285,6 +306,7 @@ fn answer(spec: &TaskSpec) -> TaskAnswer {
         task: spec.task,
         answer: "4".to_owned(),
         text: WORDS.concat(),
+        finish: if spec.question == "cut" { Finish::Length } else { Finish::Stop },
         margin: 1.0,
         tie: false,
         low_margin: false,

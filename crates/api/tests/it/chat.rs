@@ -188,41 +188,44 @@ async fn chains_stream_their_answer_at_the_end() {
 }
 
 #[tokio::test]
-async fn stops_end_the_swarms_answer() {
+async fn an_answers_form_reaches_the_swarm_and_its_end_comes_back() {
     let api = start().await;
-    for stream in [true, false] {
-        let mut body = chat("chorus", "Hello");
-        body["stop"] = json!([" is"]);
-        body["stream"] = json!(stream);
-        if stream {
-            let chunks = api.stream("/v1/chat/completions", &body).await;
-            assert_eq!(text_of(&chunks), "The answer");
-            assert!(chunks.iter().any(|chunk| chunk.contains(r#""finish_reason":"stop""#)), "{chunks:?}");
-        } else {
-            let (_, reply) = api.post("/v1/chat/completions", &body).await;
-            assert_eq!(reply["choices"][0]["message"]["content"], "The answer");
-            assert_eq!(reply["choices"][0]["finish_reason"], "stop");
-        }
-    }
+    let mut body = chat("chorus", "cut");
+    body["stop"] = json!(["\n", "END"]);
+    body["response_format"] =
+        json!({ "type": "json_schema", "json_schema": { "name": "x", "schema": { "type": "array" } } });
+    let (_, reply) = api.post("/v1/chat/completions", &body).await;
+    assert_eq!(reply["choices"][0]["finish_reason"], "length", "{reply}");
+    body["stream"] = json!(true);
+    let chunks = api.stream("/v1/chat/completions", &body).await;
+    assert!(chunks.iter().any(|chunk| chunk.contains(r#""finish_reason":"length""#)), "{chunks:?}");
+    let task = json!({ "question": "cut", "stop": "END", "response_format": { "type": "json_object" } });
+    assert_eq!(api.post("/v1/tasks", &task).await.0, 202);
+    let specs = api.rote.specs.lock().unwrap();
+    let form = |at: usize| (specs[at].stop.join("|"), specs[at].json_schema.clone().unwrap());
+    assert_eq!(form(0), ("\n|END".to_owned(), r#"{"type":"array"}"#.to_owned()));
+    assert_eq!(form(1), form(0));
+    assert_eq!(form(2), ("END".to_owned(), r#"{"type":"object"}"#.to_owned()));
 }
 
 #[tokio::test]
-async fn an_executor_lost_in_the_middle_is_not_noticed() {
+async fn an_executor_lost_in_the_middle_is_not_noticed_or_ends_the_stream() {
     let api = start().await;
     let chunks = api.stream("/v1/chat/completions", &streamed("chorus", "lost")).await;
     assert_eq!(text_of(&chunks), WORDS.concat());
     assert_eq!(chunks.last().unwrap(), "[DONE]");
     // One that answers differently cannot be hidden in a stream, and does not matter without one.
     let chunks = api.stream("/v1/chat/completions", &streamed("chorus", "differ")).await;
-    assert_eq!(text_of(&chunks), "Hm, ");
+    assert_eq!(text_of(&chunks), "The answers, ");
     let error: Value = serde_json::from_str(&chunks[chunks.len() - 2]).unwrap();
     assert_eq!(error["error"]["code"], "answer_diverged", "{chunks:?}");
+    let (_, tasks) = api.get("/v1/tasks").await;
+    let task = format!("/v1/tasks/{}", tasks["data"][0]["id"].as_str().unwrap());
+    assert!(error["error"]["message"].as_str().unwrap().contains(&task), "it says where the whole answer is: {error}");
+    assert_eq!(api.get(&task).await.1["result"]["text"], WORDS.concat());
+    assert!(api.rote.cancelled.lock().unwrap().is_empty());
     let (status, reply) = api.post("/v1/chat/completions", &chat("chorus", "differ")).await;
     assert_eq!((status, &reply["choices"][0]["message"]["content"]), (200, &json!(WORDS.concat())));
-    let mut stopped = chat("chorus", "differ");
-    stopped["stop"] = json!("4");
-    let (status, reply) = api.post("/v1/chat/completions", &stopped).await;
-    assert_eq!((status, &reply["choices"][0]["message"]["content"]), (200, &json!("The answer is ")));
 }
 
 #[tokio::test]
@@ -253,9 +256,6 @@ async fn errors_have_openais_shape() {
     let garbage =
         api.request(Method::POST, "/v1/chat/completions").header("content-type", "application/json").body("{");
     assert_error(&crate::client::json(garbage.send().await.unwrap()).await, 400, "invalid_json");
-    let mut schema = chat("chorus", "Hello");
-    schema["response_format"] = json!({ "type": "json_object" });
-    assert_error(&api.post("/v1/chat/completions", &schema).await, 400, "unsupported_parameter");
 }
 
 #[tokio::test]

@@ -39,7 +39,11 @@ pub async fn start() -> Api {
 }
 
 pub async fn start_with(cfg: ApiConfig) -> Api {
-    let rote = Arc::new(Rote::default());
+    start_on(cfg, Rote::default()).await
+}
+
+pub async fn start_on(cfg: ApiConfig, rote: Rote) -> Api {
+    let rote = Arc::new(rote);
     let shutdown = CancellationToken::new();
     let bound = serve(cfg, Arc::new(Face(Arc::clone(&rote))), shutdown.clone()).await.unwrap();
     let base = format!("http://{}", bound.local_addr());

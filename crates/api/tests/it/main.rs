@@ -4,6 +4,7 @@
 mod backend;
 mod chat;
 mod client;
+mod journal;
 mod limits;
 mod node;
 mod security;

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::backend::{SLOW, WORDS};
 use crate::client::{Api, Sse, assert_error, config, events, eventually, read_events, start, start_with};
 
-async fn create(api: &Api, body: &Value) -> String {
+pub async fn create(api: &Api, body: &Value) -> String {
     let (status, accepted) = api.post("/v1/tasks", body).await;
     assert_eq!(status, 202, "{accepted}");
     let id = accepted["id"].as_str().unwrap().to_owned();
@@ -19,7 +19,7 @@ async fn create(api: &Api, body: &Value) -> String {
     id
 }
 
-async fn follow(api: &Api, path: &str, last: Option<u64>) -> Response {
+pub async fn follow(api: &Api, path: &str, last: Option<u64>) -> Response {
     let mut request = api.request(Method::GET, path);
     if let Some(last) = last {
         request = request.header("Last-Event-ID", last.to_string());
@@ -27,11 +27,11 @@ async fn follow(api: &Api, path: &str, last: Option<u64>) -> Response {
     request.send().await.unwrap()
 }
 
-fn ids(events: &[Sse]) -> Vec<u64> {
+pub fn ids(events: &[Sse]) -> Vec<u64> {
     events.iter().map(|event| event.id.unwrap()).collect()
 }
 
-fn kind(event: &Sse) -> String {
+pub fn kind(event: &Sse) -> String {
     serde_json::from_str::<Value>(&event.data).unwrap()["event"].as_str().unwrap().to_owned()
 }
 
