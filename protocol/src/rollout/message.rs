@@ -25,6 +25,8 @@ pub struct Hello {
     pub slots: u16,
     /// The number of its oldest frame that is not acknowledged, or of its next one.
     pub first_unacknowledged: u64,
+    /// Drawn once when its process began. With another one, what it was asked for before is lost but for its frames.
+    pub boot: u64,
 }
 
 /// With which weights a piece of work may be begun.

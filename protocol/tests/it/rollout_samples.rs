@@ -87,7 +87,13 @@ pub fn messages() -> Vec<(&'static str, Bulk)> {
     vec![
         (
             "hello",
-            Bulk::Hello(Hello { policy: policy(), serving: Some((version, 12)), slots: 8, first_unacknowledged: 17 }),
+            Bulk::Hello(Hello {
+                policy: policy(),
+                serving: Some((version, 12)),
+                slots: 8,
+                first_unacknowledged: 17,
+                boot: 5,
+            }),
         ),
         ("assign", Bulk::Assign { credit, work: List::new(work).unwrap() }),
         ("frame", Bulk::Frame(samples::sign(samples::EXECUTOR, frame(100)).to_wire())),
