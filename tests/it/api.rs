@@ -42,3 +42,45 @@ fn health_and_metrics_are_there() {
         assert!(metrics.lines().any(|line| line.starts_with(name)), "{name} is missing in\n{metrics}");
     }
 }
+
+#[test]
+fn an_answers_form_and_end_go_through_the_swarm() {
+    let mut swarm = Swarm::new("it-form");
+    let asker = swarm.start(&NodeOptions::asker());
+    swarm.start(&NodeOptions::default());
+    swarm.wait_agreement(2);
+    let ask = |more: Value| {
+        let mut body = json!({"model": "chorus", "max_tokens": 24, "temperature": 1.0, "seed": 9});
+        body["messages"] = json!([{"role": "user", "content": "Hello?"}]);
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let (status, reply) = swarm.nodes[asker].post("/v1/chat/completions", &body);
+        assert_eq!(status, 200, "{reply}");
+        let choice = &reply["choices"][0];
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        (text(&choice["message"]["content"]), text(&choice["finish_reason"]))
+    };
+    // A model of random weights does not find its end, and writes what a grammar tells it to.
+    let (whole, finish) = ask(json!({}));
+    assert_eq!(finish, "length", "{whole}");
+    let schema = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", "no"]}}});
+    let (formed, finish) = ask(json!({ "response_format": schema }));
+    assert!(matches!(formed.as_str(), "\"yes\"" | "\"no\"") && finish == "stop", "{formed} {finish}");
+    let middle: String = whole.chars().skip(8).take(3).collect();
+    let (cut, finish) = ask(json!({ "stop": [&middle] }));
+    assert_eq!((cut.as_str(), finish.as_str()), (whole[..whole.find(&middle).unwrap()].trim(), "stop"));
+}
+
+#[test]
+fn tokens_are_counted_as_they_are_written_and_read() {
+    let swarm = Swarm::of("it-tokens", 1);
+    let task = swarm.nodes[0].submit(&json!({"question": "Hello?", "strategy": "direct", "max_tokens": 40}));
+    let events = swarm.nodes[0].events(&task);
+    let counts: Vec<u64> =
+        events.iter().filter(|event| event["event"] == "text").map(|event| event["tokens"].as_u64().unwrap()).collect();
+    let written = events.last().unwrap()["result"]["completion_tokens"].as_u64().unwrap();
+    assert!(counts.is_sorted() && counts.last().is_some_and(|last| *last <= written), "{counts:?} of {written}");
+    let (status, reply) =
+        swarm.nodes[0].post("/v1/embeddings", &json!({"model": "all-MiniLM-L6-v2", "input": ["Hello", "Hello there"]}));
+    // Each text has a beginning and an end.
+    assert_eq!((status, &reply["usage"]["prompt_tokens"]), (200, &json!(3 + 4)), "{reply}");
+}
