@@ -1,5 +1,7 @@
 //! The ledger's entries, and the proof that somebody wrote two where one belongs.
 
+use std::sync::Arc;
+
 use bincode::{Decode, Encode};
 use serde::Serialize;
 
@@ -31,11 +33,16 @@ pub struct Entry {
 #[serde(rename_all = "snake_case")]
 pub enum Body {
     /// "This is what I can do", in place of every capability before it.
-    Capability(Box<Capability>),
+    Capability(#[serde(serialize_with = "shared")] Arc<Capability>),
     /// "I am leaving": takes back the capability.
     Retire,
     /// "This is how a job that I asked for went", countersigning the executor's half.
     Receipt(Box<Receipt>),
+}
+
+/// Serde by itself does not look through an `Arc`.
+fn shared<S: serde::Serializer>(capability: &Capability, serializer: S) -> Result<S::Ok, S::Error> {
+    capability.serialize(serializer)
 }
 
 impl Body {

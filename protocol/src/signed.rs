@@ -185,11 +185,13 @@ impl<'de, C, T: Signable> BorrowDecode<'de, C> for Received<T> {
     }
 }
 
-/// A record whose author is certain. Its bytes are the ones that were signed.
-pub struct Verified<T> {
+/// A record whose author is certain. Its bytes are the ones that were signed. Copies share it.
+pub struct Verified<T>(Arc<Record<T>>);
+
+struct Record<T> {
     parts: Parts<T>,
     hash: Hash,
-    value: Arc<T>,
+    value: T,
 }
 
 impl<T: Signable> Verified<T> {
@@ -210,14 +212,14 @@ impl<T: Signable> Verified<T> {
             kind: PhantomData,
         };
         let hash = record_hash(&parts.author, digest);
-        Ok(Self { parts, hash, value: Arc::new(value) })
+        Ok(Self(Arc::new(Record { parts, hash, value })))
     }
 
     fn from_parts(parts: Parts<T>, digest: Hash) -> Result<Self, VerifyError> {
         let value = codec::decode::<T>(T::KIND, &parts.bytes, T::MAX_BYTES)
             .map_err(|source| VerifyError::Malformed { author: parts.author, source })?;
         let hash = record_hash(&parts.author, digest);
-        Ok(Self { parts, hash, value: Arc::new(value) })
+        Ok(Self(Arc::new(Record { parts, hash, value })))
     }
 }
 
@@ -229,35 +231,35 @@ impl<T> Verified<T> {
     /// Returns who signed it.
     #[must_use]
     pub fn author(&self) -> NodeId {
-        self.parts.author
+        self.0.parts.author
     }
 
     /// Returns the record's hash: of its author, its context and its signed bytes, not of the signature.
     #[must_use]
     pub fn hash(&self) -> Hash {
-        self.hash
+        self.0.hash
     }
 
     /// Returns how many bytes were signed.
     #[must_use]
     pub fn encoded_len(&self) -> usize {
-        self.parts.bytes.len()
+        self.0.parts.bytes.len()
     }
 
     pub(crate) fn signature(&self) -> &[u8; 64] {
-        &self.parts.signature
+        &self.0.parts.signature
     }
 
     /// Returns whether this is what became of exactly that envelope.
     pub(crate) fn is_of(&self, received: &Received<T>) -> bool {
-        let (mine, other) = (&self.parts, &received.0);
+        let (mine, other) = (&self.0.parts, &received.0);
         mine.author == other.author && mine.signature == other.signature && mine.bytes == other.bytes
     }
 
     /// Returns the envelope, to be sent on exactly as it was verified.
     #[must_use]
     pub fn to_wire(&self) -> Received<T> {
-        Received(self.parts.clone())
+        Received(self.0.parts.clone())
     }
 }
 
@@ -265,19 +267,19 @@ impl<T> Deref for Verified<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        &self.value
+        &self.0.value
     }
 }
 
 impl<T> Clone for Verified<T> {
     fn clone(&self) -> Self {
-        Self { parts: self.parts.clone(), hash: self.hash, value: Arc::clone(&self.value) }
+        Self(Arc::clone(&self.0))
     }
 }
 
 impl<T> PartialEq for Verified<T> {
     fn eq(&self, other: &Self) -> bool {
-        self.hash == other.hash
+        self.0.hash == other.0.hash
     }
 }
 
@@ -285,7 +287,7 @@ impl<T> Eq for Verified<T> {}
 
 impl<T: fmt::Debug> fmt::Debug for Verified<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Verified({:?} by {:?}: {:?})", self.hash, self.author(), self.value)
+        write!(f, "Verified({:?} by {:?}: {:?})", self.0.hash, self.author(), self.0.value)
     }
 }
 

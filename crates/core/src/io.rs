@@ -92,7 +92,7 @@ pub enum Command {
 /// The disk answered.
 #[derive(Debug)]
 pub enum StoreInput {
-    /// A batch is durable.
+    /// A batch is written. Only of batches that ask to be `durable` is the node waiting to hear it.
     Persisted {
         /// The batch's number.
         batch: u64,

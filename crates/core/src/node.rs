@@ -293,7 +293,7 @@ impl Node {
 
     fn offer(&mut self, now: Time, capability: Arc<Capability>) {
         self.announce_at = Some(now + self.config.announce_every);
-        self.append(Body::Capability(Box::new(Capability::clone(&capability))));
+        self.append(Body::Capability(Arc::clone(&capability)));
         let slots = capability.slots;
         self.route(Route::Executor(ExecutorInput::Offer { capability: Arc::clone(&capability), slots }));
         self.offer = Some(capability);

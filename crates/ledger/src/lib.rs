@@ -35,6 +35,7 @@
 mod author;
 mod config;
 mod delta;
+mod expiry;
 mod io;
 mod item_set;
 mod ledger;

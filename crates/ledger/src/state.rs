@@ -9,7 +9,7 @@
 //!
 //! The bounds on the whole set and on what is kept of superseded entries are the exceptions: at a bound, who came first matters.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use chorus_protocol::capability::Capability;
@@ -19,6 +19,7 @@ use chorus_protocol::{Admitted, Hash, NetworkId, NodeId, Verified, WallTime};
 use crate::author::{Author, Clash, Floor, Mark, Past, is_standing};
 use crate::config::LedgerConfig;
 use crate::delta::Delta;
+use crate::expiry::Expiry;
 use crate::io::LedgerEvent;
 use crate::item_set::ItemSet;
 use crate::refusal::Refusal;
@@ -46,7 +47,7 @@ pub(crate) struct State {
     index: BTreeMap<Hash, Slot>,
     items: ItemSet,
     /// What expires when: entries in the set, superseded ones, and floors.
-    expiry: BTreeSet<(WallTime, NodeId, u64)>,
+    expiry: Expiry,
     bytes: usize,
     past_bytes: usize,
     capabilities: usize,
@@ -66,7 +67,7 @@ impl State {
             convictions: BTreeMap::new(),
             index: BTreeMap::new(),
             items: ItemSet::default(),
-            expiry: BTreeSet::new(),
+            expiry: Expiry::new(),
             bytes: 0,
             past_bytes: 0,
             capabilities: 0,
@@ -132,7 +133,7 @@ impl State {
 
     /// Returns when the next thing expires.
     pub(crate) fn next_expiry(&self) -> Option<WallTime> {
-        self.expiry.first().map(|(at, ..)| *at)
+        self.expiry.soonest()
     }
 
     /// Returns the mark that the disk should hold of an author and whether it holds one now, and notes that it will.
@@ -211,7 +212,7 @@ impl State {
         self.raise_floor(id, entry, delta);
         self.insert_live(entry, delta);
         let capability = match &entry.body {
-            Body::Capability(capability) => Some(Arc::new((**capability).clone())),
+            Body::Capability(capability) => Some(Arc::clone(capability)),
             Body::Retire | Body::Receipt(_) => None,
         };
         self.set_capability(id, capability, delta);
@@ -371,8 +372,7 @@ impl State {
 
     /// Lets go of everything that expired by `wall`.
     pub(crate) fn expire(&mut self, wall: WallTime, delta: &mut Delta) {
-        while let Some((at, id, seq)) = self.expiry.first().copied().filter(|(at, ..)| *at <= wall) {
-            self.expiry.remove(&(at, id, seq));
+        while let Some((_, id, seq)) = self.expiry.pop(wall) {
             if seq == FLOOR {
                 if let Some(author) = self.authors.get_mut(&id) {
                     author.floor = None;

@@ -49,7 +49,7 @@ fn capability(name: &str, padding: usize) -> Body {
         description: Text::default(),
         schema: Text::truncated(&"x".repeat(1_000)),
     });
-    Body::Capability(Box::new(Capability {
+    Body::Capability(std::sync::Arc::new(Capability {
         name: Text::truncated(name),
         software: Text::truncated("chorus/test"),
         models: List::default(),

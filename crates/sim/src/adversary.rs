@@ -226,7 +226,7 @@ impl Adversary {
                 prev,
                 wall_time: means.wall,
                 expires: means.wall.plus(Duration::from_secs(3_600)),
-                body: Body::Capability(Box::new(capability)),
+                body: Body::Capability(std::sync::Arc::new(capability)),
             };
             let entry = Verified::sign(means.key, means.network, entry).ok()?;
             let bytes = LedgerGossip::Entry(entry.to_wire()).to_bytes().ok()?;

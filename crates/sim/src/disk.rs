@@ -84,7 +84,7 @@ pub struct Disk {
 /// What a commit brings its node.
 #[derive(Debug)]
 pub struct Committed {
-    /// Batches that are done, oldest first.
+    /// Durable batches that are done, or all that were refused; oldest first.
     pub batches: Vec<u64>,
     /// Whether they were refused.
     pub refused: bool,
@@ -130,7 +130,9 @@ impl Disk {
     /// Ends the commit under way.
     pub fn commit(&mut self, rng: &mut Rng) -> Committed {
         let done = std::mem::take(&mut self.committing);
-        let batches = done.iter().map(|batch| batch.batch).collect();
+        // A node waits for durable batches only; of the others it wants to hear what went wrong.
+        let told = done.iter().filter(|batch| batch.durable || self.full);
+        let batches = told.map(|batch| batch.batch).collect();
         if !self.full {
             let durable = done.iter().any(|batch| batch.durable);
             if self.bug != DiskBug::AcknowledgesEarly {

@@ -93,7 +93,7 @@ pub fn plain_entry(seq: u64, prev: Hash) -> Entry {
 }
 
 pub fn capability_entry() -> Verified<Entry> {
-    let body = Body::Capability(Box::new(capability()));
+    let body = Body::Capability(std::sync::Arc::new(capability()));
     sign(EXECUTOR, Entry { seq: 1, prev: Hash::ZERO, wall_time: wall(0), expires: wall(86_400_000), body })
 }
 

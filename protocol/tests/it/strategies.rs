@@ -267,7 +267,7 @@ pub fn receipt() -> BoxedStrategy<Receipt> {
 
 pub fn body() -> BoxedStrategy<Body> {
     prop_oneof![
-        capability().prop_map(|capability| Body::Capability(Box::new(capability))),
+        capability().prop_map(|capability| Body::Capability(std::sync::Arc::new(capability))),
         Just(Body::Retire),
         receipt().prop_map(|receipt| Body::Receipt(Box::new(receipt))),
     ]

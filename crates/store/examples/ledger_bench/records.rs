@@ -41,7 +41,7 @@ pub(crate) fn capabilities() -> Vec<Verified<Entry>> {
         skills: List::default(),
         tools: List::default(),
     };
-    (0..SAMPLE).map(|n| sign(&key(n), 1, Hash::ZERO, WALL, Body::Capability(Box::new(capability(n))))).collect()
+    (0..SAMPLE).map(|n| sign(&key(n), 1, Hash::ZERO, WALL, Body::Capability(std::sync::Arc::new(capability(n))))).collect()
 }
 
 /// Receipts of all authors in turn, each in a chain, a millisecond apart.
