@@ -230,8 +230,9 @@ impl World {
 
     /// A user asks an honest node that runs.
     pub(crate) fn ask(&mut self, task: u32) {
-        let running: Vec<HostId> =
-            self.hosts.iter().filter(|host| host.is_honest() && host.is_up()).map(|host| host.index).collect();
+        let most = if self.scenario.work.askers == 0 { usize::MAX } else { self.scenario.work.askers as usize };
+        let asks = self.hosts.iter().filter(|host| host.is_honest() && host.is_up());
+        let running: Vec<HostId> = asks.take(most).map(|host| host.index).collect();
         let Some(question) = self.questions.get(task as usize).filter(|_| !running.is_empty()) else { return };
         let place = usize::try_from(question.who % running.len() as u64).unwrap_or(0);
         let (host, spec, deadline) = (running[place], question.spec(), question.deadline);

@@ -124,6 +124,8 @@ pub struct Monitor {
     pub jobs: BTreeSet<JobId>,
     /// Hedging leases.
     pub hedges: u64,
+    /// Bids compared in the elections of each honest requester, in order.
+    pub bids: BTreeMap<HostId, Vec<usize>>,
     /// Leases that ended without a result.
     pub leases_lost: u64,
     /// Outcomes that reached an honest requester under a token that no longer stood.
@@ -173,7 +175,8 @@ impl Monitor {
             TaskEventKind::Announced { place, .. } => {
                 self.jobs.insert(place.job);
             }
-            TaskEventKind::Elected { place, node, fence, hedge, .. } => {
+            TaskEventKind::Elected { place, node, fence, bids, hedge, .. } => {
+                self.bids.entry(host).or_default().push(*bids);
                 self.on_elected(host, place.job, *node, *fence, *hedge, now);
             }
             TaskEventKind::Lost { place, node, .. } => {

@@ -19,6 +19,9 @@ pub const CAVEATS: [&str; 3] = [
     "every frame is encoded and decoded; a record that was verified once is not verified again (`chorus_protocol::memo`)",
 ];
 
+/// Elections of a requester after which its bid window should have found its length.
+const FIRST_ELECTIONS: usize = 3;
+
 /// How one entry spreads.
 #[derive(Clone, Copy, Debug)]
 struct Spread {
@@ -160,6 +163,10 @@ pub struct Report {
     pub jobs_accepted: u64,
     /// Milliseconds from a job's submission to its first lease.
     pub election_ms: Quantiles,
+    /// Bids compared in an election, in the mean: in the first few of each requester, and in its later ones.
+    pub bids_at_first: f64,
+    /// See `bids_at_first`.
+    pub bids_later: f64,
     /// Leases granted by honest requesters, hedges included.
     pub leases: u64,
     /// Of these, hedges.
@@ -258,6 +265,11 @@ fn share(part: u64, whole: u64) -> f64 {
     if whole == 0 { 1.0 } else { part as f64 / whole as f64 }
 }
 
+#[allow(clippy::cast_precision_loss, reason = "bids are few")]
+fn mean<'a>(bids: impl Iterator<Item = &'a usize> + Clone) -> f64 {
+    bids.clone().sum::<usize>() as f64 / bids.count().max(1) as f64
+}
+
 fn figures(world: &World, events: u64, trace: String) -> Report {
     let (stats, monitor) = (&world.stats, &world.monitor);
     let nodes = u64::from(world.scenario.nodes).max(1);
@@ -285,6 +297,8 @@ fn figures(world: &World, events: u64, trace: String) -> Report {
         jobs: monitor.jobs.len() as u64,
         jobs_accepted: monitor.jobs_accepted(),
         election_ms: Quantiles::of(stats.elections_ms.clone()),
+        bids_at_first: mean(monitor.bids.values().flat_map(|bids| bids.iter().take(FIRST_ELECTIONS))),
+        bids_later: mean(monitor.bids.values().flat_map(|bids| bids.iter().skip(FIRST_ELECTIONS))),
         leases: monitor.leases_granted,
         hedges: monitor.hedges,
         leases_lost: monitor.leases_lost,
@@ -342,6 +356,9 @@ fn missed(world: &World, report: &Report) -> Vec<String> {
         let figure = if lost > report.spread_entries / 2 { f64::INFINITY } else { report.spread99_ms.p50 };
         at_most("spread99_ms", figure, Some(bound));
     }
+    if let Some(bound) = bounds.bids.filter(|bound| report.bids_later < *bound) {
+        missed.push(format!("bids is {:.1}, and {bound:.1} is the least", report.bids_later));
+    }
     if let Some(bound) = bounds.completed.filter(|bound| report.completed < *bound) {
         missed.push(format!("completed is {:.3}, and {bound:.3} is the least", report.completed));
     }
@@ -366,6 +383,7 @@ impl Report {
         writeln!(f, "  completed  {completed:.1} % of the tasks whose requester lived")?;
         writeln!(f, "  answer     {}", self.task_ms)?;
         writeln!(f, "  election   {}", self.election_ms)?;
+        writeln!(f, "             {:.1} bids compared at first, {:.1} later", self.bids_at_first, self.bids_later)?;
         let Self { leases, jobs, jobs_accepted, hedges, leases_lost: lost, stale_refused: stale, .. } = self;
         writeln!(f, "  leases     {leases} for {jobs} jobs ({jobs_accepted} accepted), {hedges} hedges, {lost} lost")?;
         let share = self.adversary_leases * 100.0;

@@ -21,6 +21,7 @@ pub const BUILT_IN: &[(&str, &str)] = &[
     ("small-5", include_str!("../scenarios/small-5.toml")),
     ("calm-1000", include_str!("../scenarios/calm-1000.toml")),
     ("crowd-1000", include_str!("../scenarios/crowd-1000.toml")),
+    ("far-bidders", include_str!("../scenarios/far-bidders.toml")),
     ("lossy", include_str!("../scenarios/lossy.toml")),
     ("churn", include_str!("../scenarios/churn.toml")),
     ("partition-heal", include_str!("../scenarios/partition-heal.toml")),
@@ -123,6 +124,8 @@ pub struct Swarm {
     pub engine_restart_ms: u64,
     /// Mean time between two reconciliations that a node begins.
     pub sync_interval_ms: u64,
+    /// The longest that bids are compared; the nodes' own default when absent.
+    pub bid_window_max_ms: Option<u64>,
 }
 
 impl Default for Swarm {
@@ -141,6 +144,7 @@ impl Default for Swarm {
             load_ms: [800.0, 3_000.0],
             engine_restart_ms: 2_000,
             sync_interval_ms: 2_000,
+            bid_window_max_ms: None,
         }
     }
 }
@@ -151,6 +155,8 @@ impl Default for Swarm {
 pub struct Work {
     /// Tasks in all, asked at moments drawn between `from_ms` and `until_ms` by honest nodes drawn among those that run.
     pub tasks: u32,
+    /// Only so many nodes ask, the first ones; all when 0.
+    pub askers: u32,
     /// The first may be asked now.
     pub from_ms: u64,
     /// The last is asked before.
@@ -171,6 +177,7 @@ impl Default for Work {
     fn default() -> Self {
         Self {
             tasks: 0,
+            askers: 0,
             from_ms: 5_000,
             until_ms: 20_000,
             chains: 0.0,
@@ -302,6 +309,8 @@ pub struct Bounds {
     pub spread99_ms: Option<f64>,
     /// Bytes sent by a node in the mean, at most.
     pub bytes_per_node: Option<u64>,
+    /// Bids that are compared in an election, in the mean, once a requester has held some; at least.
+    pub bids: Option<f64>,
     /// Share of leases granted to adversaries, at most.
     pub adversary_leases: Option<f64>,
     /// Every equivocator is quarantined by every honest connected node.

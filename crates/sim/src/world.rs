@@ -92,6 +92,9 @@ impl World {
         let network: NetworkId = "sim".parse().expect("a short lower-case word is a network's name");
         let mut config = NodeConfig::new(network.clone());
         config.ledger.sync_interval = Duration::from_millis(scenario.swarm.sync_interval_ms.max(1));
+        if let Some(most) = scenario.swarm.bid_window_max_ms {
+            config.beacon.window_max = Duration::from_millis(most);
+        }
         let mut embedder = Embedder::default();
         let hosts = build_hosts(&scenario, mutant, &mut rng, &mut embedder);
         let monitor = Monitor::new(hosts.iter().map(|host| (host.index, host.id, host.is_honest())));

@@ -43,6 +43,18 @@ fn five_nodes_on_a_lan() {
     holds("small-5");
 }
 
+/// The window learns how long bids take over long links; with a fixed one of 150 ms most come too late.
+#[test]
+fn far_bidders() {
+    let adaptive = holds("far-bidders").report;
+    let mut scenario = built_in("far-bidders");
+    scenario.swarm.bid_window_max_ms = Some(150);
+    scenario.bounds.bids = None;
+    let fixed = run(&scenario, scenario.seed).report;
+    assert!(adaptive.bids_at_first > 1.5 * fixed.bids_at_first, "{adaptive}\n{fixed}");
+    assert!(adaptive.bids_later > fixed.bids_later, "{adaptive}\n{fixed}");
+}
+
 #[test]
 fn loss() {
     let outcome = holds("lossy");
