@@ -211,6 +211,7 @@ fn net_config(config: &Config, network: &chorus_protocol::NetworkId) -> Result<N
     net.listen = addresses(&config.net.listen)?;
     net.external = addresses(&config.net.external)?;
     net.bootstrap = bootstrap(config)?;
+    net.peer_file = Some(config.data_dir.join("peers"));
     net.mdns = config.net.mdns;
     net.relay_server = config.net.relay_server;
     Ok(net)

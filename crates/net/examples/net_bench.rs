@@ -2,11 +2,14 @@
 //!
 //! 1. direct messages: one-way latency of single messages, over TCP and over QUIC, beside a bare TCP ping-pong of the same run;
 //! 2. direct messages: throughput with many under way, small and large, beside bare TCP;
-//! 3. gossip over 20 nodes: time to form, delay of each delivery, deliveries that were missed. These are the parameters of the
-//!    simulator's gossip model.
+//! 3. gossip over 20 and 50 nodes: time to form, delay of each delivery, deliveries that were missed, hops, and the copies that
+//!    redundancy costs. These are the parameters of the simulator's gossip model.
+//!
+//! An argument, `direct` or `gossip`, limits it to that part.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation)]
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use chorus_net::{Addr, Net, NetConfig, NetEvent, NetHandle, Topic, Verdict};
@@ -16,7 +19,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
 const PING_PONGS: usize = 5_000;
-const SWARM: u8 = 20;
 
 struct Node {
     handle: NetHandle,
@@ -173,38 +175,72 @@ async fn bare_throughput() {
     println!("bare TCP, no encryption: {:.1} MB/s", BYTES as f64 / started.elapsed().as_secs_f64() / 1e6);
 }
 
-async fn swarm(size: usize, rounds: u32, per_second: u32) {
+/// One delivery: which message, from whom, and how long after it was published.
+struct Delivery {
+    round: u32,
+    from: NodeId,
+    delay: Duration,
+}
+
+async fn form(nodes: u8) -> Vec<Node> {
     let listen = ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"];
     let started = Instant::now();
-    let mut nodes = vec![start(1, &listen, Vec::new()).await];
-    for seed in 2..=SWARM {
-        nodes.push(start(seed, &listen, nodes[0].handle.ticket().bootstrap()).await);
+    let mut swarm = vec![start(1, &listen, Vec::new()).await];
+    for seed in 2..=nodes {
+        swarm.push(start(seed, &listen, swarm[0].handle.ticket().bootstrap()).await);
     }
-    for node in &nodes {
-        while node.handle.peers().await.len() < usize::from(SWARM) - 1 {
+    let enough = (usize::from(nodes) - 1).min(config(&[]).conn.target as usize);
+    for node in &swarm {
+        while node.handle.peers().await.len() < enough {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
-    println!("swarm of {SWARM}: all know all after {:.0?}", started.elapsed());
+    println!("swarm of {nodes}: each has {enough} peers or more after {:.0?}", started.elapsed());
+    // The mesh takes some heartbeats to settle.
     tokio::time::sleep(Duration::from_secs(4)).await;
+    swarm
+}
 
-    let clock = Instant::now();
-    let handles: Vec<NetHandle> = nodes.iter().map(|node| node.handle.clone()).collect();
-    let listeners: Vec<_> = nodes
-        .into_iter()
-        .map(|mut node| {
-            tokio::spawn(async move {
-                let mut delays = Vec::new();
-                while let Ok(Some(event)) = tokio::time::timeout(Duration::from_secs(3), node.events.recv()).await {
-                    let NetEvent::Gossip { bytes, token, .. } = event else { continue };
-                    node.handle.validated(token, Verdict::Accept).unwrap();
-                    let sent = Duration::from_nanos(u64::from_le_bytes(bytes[..8].try_into().unwrap()));
-                    delays.push(clock.elapsed() - sent);
-                }
-                (delays, node)
-            })
-        })
-        .collect();
+/// Listens until nothing comes any more.
+async fn listen(node: &mut Node, clock: Instant) -> Vec<Delivery> {
+    let mut heard = Vec::new();
+    while let Ok(Some(event)) = tokio::time::timeout(Duration::from_secs(3), node.events.recv()).await {
+        let NetEvent::Gossip { bytes, token, from, .. } = event else { continue };
+        node.handle.validated(token, Verdict::Accept).unwrap();
+        let sent = Duration::from_nanos(u64::from_le_bytes(bytes[..8].try_into().unwrap()));
+        let round = u32::from_le_bytes(bytes[8..12].try_into().unwrap());
+        heard.push(Delivery { round, from, delay: clock.elapsed() - sent });
+    }
+    heard
+}
+
+/// How many hands each delivery went through, in shares: a message's path is followed back to its author.
+fn hops(heard: &BTreeMap<(NodeId, u32), NodeId>) -> String {
+    let mut counts = BTreeMap::new();
+    for (&(to, round), &from) in heard {
+        let (mut at, mut hops) = (from, 1);
+        while let Some(before) = heard.get(&(at, round)).filter(|before| **before != to && hops < 32) {
+            (at, hops) = (*before, hops + 1);
+        }
+        *counts.entry(hops).or_insert(0_u32) += 1;
+    }
+    let share = |(hops, count): (&u32, &u32)| format!("{hops}: {:.3}", f64::from(*count) / heard.len() as f64);
+    counts.iter().map(share).collect::<Vec<_>>().join("  ")
+}
+
+async fn gossip(nodes: u8, size: usize, rounds: u32, per_second: u32) {
+    let swarm = form(nodes).await;
+    let (mut meshed, mut connected) = (0, 0);
+    for node in &swarm {
+        let peers = node.handle.peers().await;
+        connected += peers.len();
+        meshed += peers.iter().filter(|peer| peer.in_mesh).count();
+    }
+    let handles: Vec<NetHandle> = swarm.iter().map(|node| node.handle.clone()).collect();
+    let copies = || handles.iter().map(NetHandle::gossip_copies).sum::<u64>();
+    let (clock, before) = (Instant::now(), copies());
+    let listeners: Vec<_> =
+        swarm.into_iter().map(|mut node| tokio::spawn(async move { (listen(&mut node, clock).await, node) })).collect();
     for round in 0..rounds {
         let author = &handles[round as usize % handles.len()];
         let mut bytes = vec![3; size];
@@ -213,19 +249,22 @@ async fn swarm(size: usize, rounds: u32, per_second: u32) {
         author.publish(Topic::Ledger, bytes).unwrap();
         tokio::time::sleep(Duration::from_secs(1) / per_second).await;
     }
-    let mut all = Vec::new();
+    let (mut delays, mut heard) = (Vec::new(), BTreeMap::new());
     for listener in listeners {
-        all.extend(listener.await.unwrap().0);
+        let (deliveries, node) = listener.await.unwrap();
+        delays.extend(deliveries.iter().map(|delivery| delivery.delay));
+        heard.extend(deliveries.into_iter().map(|delivery| ((node.id, delivery.round), delivery.from)));
     }
-    let expected = rounds as usize * (usize::from(SWARM) - 1);
-    let missed = expected - all.len().min(expected);
-    println!("gossip, {SWARM} nodes, {size} B, {per_second} a second:  {}", quantiles(all));
-    println!("gossip, {SWARM} nodes, {size} B: {missed} of {expected} deliveries missed");
+    let (expected, arrived) = (rounds as usize * (usize::from(nodes) - 1), heard.len());
+    let degree = |links: usize| links as f64 / f64::from(nodes);
+    println!("gossip, {nodes} nodes, {size} B, {per_second} a second");
+    println!("  delay: {}", quantiles(delays));
+    println!("  arrived: {arrived} of {expected}; mesh degree {:.1} of {:.1} peers", degree(meshed), degree(connected));
+    println!("  hops: {}", hops(&heard));
+    println!("  copies a delivery: {:.2}", (copies() - before) as f64 / arrived as f64);
 }
 
-#[tokio::main]
-async fn main() {
-    println!("loopback, one process, {} cores", std::thread::available_parallelism().map_or(0, usize::from));
+async fn direct() {
     bare_latency().await;
     latency("TCP ", "/ip4/127.0.0.1/tcp/0").await;
     latency("QUIC", "/ip4/127.0.0.1/udp/0/quic-v1").await;
@@ -234,7 +273,22 @@ async fn main() {
     bare_throughput().await;
     throughput("TCP ", "/ip4/127.0.0.1/tcp/0", 256 << 10, 1_500).await;
     throughput("QUIC", "/ip4/127.0.0.1/udp/0/quic-v1", 256 << 10, 1_500).await;
-    swarm(300, 100, 10).await;
-    swarm(300, 200, 50).await;
-    swarm(16 << 10, 100, 10).await;
+}
+
+#[tokio::main]
+async fn main() {
+    // The direct figures alone, or those of gossip alone, where only they are asked for.
+    let only = std::env::args().nth(1);
+    let wants = |what| only.as_deref().is_none_or(|only| only == what);
+    println!("loopback, one process, {} cores", std::thread::available_parallelism().map_or(0, usize::from));
+    if wants("direct") {
+        direct().await;
+    }
+    if wants("gossip") {
+        for nodes in [20, 50] {
+            for (size, rounds, per_second) in [(300, 100, 10), (300, 200, 50), (16 << 10, 50, 5)] {
+                gossip(nodes, size, rounds, per_second).await;
+            }
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! A network node by hand, for looking at two machines: `net_node SEED [--mdns] [--listen ADDR]… [TICKET]`. It prints what
+//! A network node by hand, for looking at two machines: `net_node SEED [--mdns] [--relay] [--listen ADDR]… [TICKET]`. It prints what
 //! happens, and its ticket.
 
 #![allow(clippy::print_stdout)]
@@ -16,6 +16,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--mdns" => cfg.mdns = true,
+            "--relay" => cfg.relay_server = true,
             "--listen" => listen.push(args.next().ok_or("an address must follow --listen")?.parse()?),
             ticket => cfg.bootstrap = ticket.parse::<Ticket>()?.bootstrap(),
         }

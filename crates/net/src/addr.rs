@@ -27,7 +27,7 @@ pub struct AddrError {
 }
 
 /// What carries the bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Wire {
     Tcp,
     Quic,
@@ -115,6 +115,11 @@ impl Addr {
             Protocol::Udp(port) => Some((Wire::Quic, SocketAddr::new(ip, port))),
             _ => None,
         })
+    }
+
+    /// Returns what carries the first hop.
+    pub(crate) fn wire(&self) -> Wire {
+        if self.0.iter().any(|part| part == Protocol::QuicV1) { Wire::Quic } else { Wire::Tcp }
     }
 
     /// Returns whether a remote could be dialled there at all: a specified IP and a port.

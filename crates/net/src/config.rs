@@ -1,6 +1,7 @@
 //! What a node may decide about its network. Every default is written here; nothing is read from the environment.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use chorus_protocol::NetworkId;
@@ -104,6 +105,9 @@ pub struct NetConfig {
     pub external: Vec<Addr>,
     /// Peers to begin with; each address ends in `/p2p/ID`.
     pub bootstrap: Vec<Addr>,
+    /// Where to keep the addresses of the peers that were connected, so that a restart finds the swarm without the bootstrap
+    /// peers; nowhere, if absent.
+    pub peer_file: Option<PathBuf>,
     /// Look for peers on the local network with multicast DNS.
     pub mdns: bool,
     /// Be a relay for nodes that cannot be reached. Without [`external`](Self::external), the listen addresses are taken to be
@@ -140,6 +144,7 @@ impl NetConfig {
             listen: vec![Addr::tcp(any), Addr::quic(any)],
             external: Vec::new(),
             bootstrap: Vec::new(),
+            peer_file: None,
             mdns: true,
             relay_server: false,
             relay_client: true,

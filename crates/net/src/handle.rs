@@ -2,6 +2,7 @@
 //! [`NetHandle::shutdown`] returns at once; what cannot be queued comes back as [`NetError::Overloaded`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use chorus_protocol::limits::{MAX_DIRECT_BYTES, MAX_GOSSIP_BYTES};
@@ -52,6 +53,7 @@ pub struct NetHandle {
     doors: watch::Receiver<Doors>,
     network: NetworkId,
     node: NodeId,
+    arrived: Arc<AtomicU64>,
 }
 
 impl NetHandle {
@@ -61,8 +63,9 @@ impl NetHandle {
         doors: watch::Receiver<Doors>,
         network: NetworkId,
         node: NodeId,
+        arrived: Arc<AtomicU64>,
     ) -> Self {
-        Self { commands, bytes: Arc::new(Semaphore::new(send_bytes as usize)), doors, network, node }
+        Self { commands, bytes: Arc::new(Semaphore::new(send_bytes as usize)), doors, network, node, arrived }
     }
 
     fn push(&self, command: Command) -> Result<(), NetError> {
@@ -178,14 +181,20 @@ impl NetHandle {
         answer.await.unwrap_or_default()
     }
 
+    /// Returns how many gossiped messages arrived so far, every copy counted: what exceeds the messages is what redundancy costs.
+    #[must_use]
+    pub fn gossip_copies(&self) -> u64 {
+        self.arrived.load(Ordering::Relaxed)
+    }
+
     /// Returns where this node listens now, each address without its id.
     #[must_use]
     pub fn listening(&self) -> Vec<Addr> {
         self.doors.borrow().listening.clone()
     }
 
-    /// Makes a ticket with which others can join through this node: what it knows to be reachable first, then where it listens;
-    /// loopback addresses only when there is nothing else.
+    /// Makes a ticket with which others can join through this node: its doors at relays first, since it has them only when its own
+    /// lead nowhere; then what it knows to be reachable, then where it listens; loopback addresses only when there is nothing else.
     #[must_use]
     pub fn ticket(&self) -> Ticket {
         let doors = self.doors.borrow();
@@ -199,6 +208,7 @@ impl NetHandle {
         if addrs.is_empty() {
             addrs.clone_from(&doors.listening);
         }
+        addrs.sort_by_key(|addr| !addr.is_relayed());
         Ticket::new(self.network.clone(), self.node, addrs)
     }
 

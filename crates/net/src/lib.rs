@@ -29,6 +29,7 @@ mod event;
 mod handle;
 mod identity;
 mod limits;
+mod peer_file;
 mod start;
 mod ticket;
 

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::actor::Actor;
 use crate::behaviour::Behaviour;
+use crate::behaviour::gossip::Counted;
 use crate::behaviour::names::Names;
 use crate::config::NetConfig;
 use crate::error::NetError;
@@ -45,8 +46,9 @@ impl Net {
         let (event_tx, event_rx) = mpsc::channel(cfg.event_queue);
         let (door_tx, door_rx) = watch::channel(Doors::default());
         let names = Names::new(&cfg.network);
-        let swarm = swarm(&cfg, &names, keypair_of(key))?;
-        let handle = NetHandle::new(command_tx, cfg.send_bytes, door_rx, cfg.network.clone(), key.node_id());
+        let arrived = Counted::default();
+        let swarm = swarm(&cfg, &names, keypair_of(key), &arrived)?;
+        let handle = NetHandle::new(command_tx, cfg.send_bytes, door_rx, cfg.network.clone(), key.node_id(), arrived.0);
         let (listen, external) = (cfg.listen.clone(), cfg.external.clone());
         let mut actor = Actor::new(cfg, names, key.node_id(), swarm, (command_rx, event_tx), door_tx);
         for addr in &external {
@@ -56,6 +58,7 @@ impl Net {
             actor.listen(addr)?;
         }
         actor.take_bootstrap();
+        actor.recall_peers();
         actor.settle(SETTLE).await;
         tokio::spawn(actor.run());
         Ok((handle, event_rx))
@@ -98,7 +101,7 @@ fn swarm_config(config: libp2p::swarm::Config) -> libp2p::swarm::Config {
         .with_substream_upgrade_protocol_override(Version::V1Lazy)
 }
 
-fn swarm(cfg: &NetConfig, names: &Names, keys: Keypair) -> Result<Swarm<Behaviour>, NetError> {
+fn swarm(cfg: &NetConfig, names: &Names, keys: Keypair, arrived: &Counted) -> Result<Swarm<Behaviour>, NetError> {
     let agent = format!("{}#{:08x}", cfg.agent, instance());
     let transports = SwarmBuilder::with_existing_identity(keys)
         .with_tokio()
@@ -106,7 +109,7 @@ fn swarm(cfg: &NetConfig, names: &Names, keys: Keypair) -> Result<Swarm<Behaviou
         .map_err(|error| setup("noise", &error))?
         .with_quic();
     let behaviour = |keys: &Keypair, relay_client| {
-        Behaviour::new(cfg, names, keys, agent, relay_client)
+        Behaviour::new(cfg, names, keys, agent, relay_client, arrived.clone())
             .map_err(|error| Box::<dyn std::error::Error + Send + Sync>::from(error.to_string()))
     };
     // Names are resolved with the host's own servers. On a host without any, addresses by number still work.

@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::time::{Duration, Instant};
 
-use libp2p::autonat::v1::{Event as Autonat, NatStatus};
+use libp2p::autonat::v1::{Event as Autonat, InboundProbeEvent, NatStatus};
 use libp2p::core::transport::{ListenerId, TransportError};
-use libp2p::{Multiaddr, PeerId, kad};
+use libp2p::{Multiaddr, PeerId, dcutr, kad};
 use tokio::sync::watch;
 
 use super::Actor;
@@ -37,13 +37,23 @@ pub(crate) struct DoorKeeper {
     wanted: Vec<Door>,
     listening: HashMap<ListenerId, Vec<Addr>>,
     external: Vec<Addr>,
+    /// Others tried to reach this node, and failed.
     private: bool,
+    /// They cannot do so through a relay either.
+    hidden: bool,
     told: watch::Sender<Doors>,
 }
 
 impl DoorKeeper {
     pub(crate) fn new(told: watch::Sender<Doors>) -> Self {
-        Self { wanted: Vec::new(), listening: HashMap::new(), external: Vec::new(), private: false, told }
+        Self {
+            wanted: Vec::new(),
+            listening: HashMap::new(),
+            external: Vec::new(),
+            private: false,
+            hidden: false,
+            told,
+        }
     }
 
     /// Whether some direct listener has no address yet.
@@ -71,14 +81,23 @@ impl DoorKeeper {
     }
 }
 
+/// A socket on all IPv6 addresses would also claim the port of all IPv4 ones, which this node may have bound itself: a part
+/// stands for the whole.
+fn to_probe(socket: SocketAddr) -> SocketAddr {
+    match socket.ip() {
+        IpAddr::V6(ip) if ip.is_unspecified() => SocketAddr::from((Ipv6Addr::LOCALHOST, socket.port())),
+        _ => socket,
+    }
+}
+
 /// libp2p shares TCP ports among sockets of one user (`SO_REUSEPORT`), so a second node on the same port would silently get half
 /// of the first one's connections. A socket without that option finds out. For UDP, it gets at the system's error, which the
 /// transport wraps beyond recognition.
 fn probe(addr: &Addr) -> io::Result<()> {
     match addr.socket() {
         Some((_, socket)) if socket.port() == 0 => Ok(()),
-        Some((Wire::Tcp, socket)) => TcpListener::bind(socket).map(drop),
-        Some((Wire::Quic, socket)) => UdpSocket::bind(socket).map(drop),
+        Some((Wire::Tcp, socket)) => TcpListener::bind(to_probe(socket)).map(drop),
+        Some((Wire::Quic, socket)) => UdpSocket::bind(to_probe(socket)).map(drop),
         None => Ok(()),
     }
 }
@@ -141,10 +160,13 @@ impl Actor {
         let Ok(addr) = Addr::from_multiaddr(address) else { return };
         let addr = addr.without_node();
         self.keeper.listening.entry(id).or_default().push(addr.clone());
-        if self.cfg.relay_server && self.cfg.external.is_empty() && !addr.is_relayed() {
+        // Loopback is where others are only if it was asked for by name: then all of them are on this machine.
+        let far = !addr.is_loopback() || self.cfg.listen.iter().any(Addr::is_loopback);
+        if self.cfg.relay_server && self.cfg.external.is_empty() && !addr.is_relayed() && far {
             self.add_external(&addr);
         }
         self.keeper.tell();
+        self.choose_dht_mode();
         self.on_door_open(Instant::now());
         self.emit(NetEvent::Listening(addr));
     }
@@ -175,6 +197,7 @@ impl Actor {
         }
         let lost = self.keeper.listening.remove(&id).unwrap_or_default();
         self.keeper.tell();
+        self.choose_dht_mode();
         for addr in lost {
             self.emit(NetEvent::ListenLost { addr, reason: reason.clone() });
         }
@@ -195,29 +218,60 @@ impl Actor {
         self.keeper.tell();
     }
 
-    /// A node that others cannot reach answers no questions in the DHT, and wants relays.
-    pub(super) fn on_autonat(&mut self, event: &Autonat) {
-        let Autonat::StatusChanged { new, .. } = event else { return };
-        let (reachability, mode) = match new {
-            NatStatus::Public(_) => (Reachability::Public, kad::Mode::Server),
-            NatStatus::Private => (Reachability::Private, kad::Mode::Client),
-            NatStatus::Unknown => return,
-        };
+    pub(super) fn on_autonat(&mut self, event: Autonat) {
+        match event {
+            Autonat::StatusChanged { new: NatStatus::Public(_), .. } => self.on_reachability(Reachability::Public),
+            Autonat::StatusChanged { new: NatStatus::Private, .. } => self.on_reachability(Reachability::Private),
+            Autonat::InboundProbe(InboundProbeEvent::Response { peer, address, .. }) => self.on_proved(peer, address),
+            _ => {}
+        }
+    }
+
+    fn on_reachability(&mut self, reachability: Reachability) {
         self.keeper.private = reachability == Reachability::Private;
-        self.swarm.behaviour_mut().kad.set_mode(Some(mode));
+        self.choose_dht_mode();
         self.emit(NetEvent::Reachability(reachability));
+    }
+
+    /// A connection that was opened only to prove to a peer that it can be reached has done so. Were it kept, the next proofs
+    /// would fail at the limit of connections to one peer, and tell the peer that it cannot.
+    fn on_proved(&mut self, peer: PeerId, address: Multiaddr) {
+        let Ok(addr) = Addr::from_multiaddr(address) else { return };
+        if let Some(id) = self.peers.get(&peer).and_then(|known| known.spare(&addr.without_node())) {
+            self.swarm.close_connection(id);
+        }
+    }
+
+    /// A node that nobody can reach, not even through a relay, answers no questions in the DHT; with a door at a relay it does,
+    /// because it is by the DHT that others learn of that door.
+    fn choose_dht_mode(&mut self) {
+        let doors = self.keeper.listening.values().flatten();
+        let hidden = self.keeper.private && !doors.into_iter().any(Addr::is_relayed);
+        if self.keeper.hidden != hidden {
+            self.keeper.hidden = hidden;
+            let mode = if hidden { kad::Mode::Client } else { kad::Mode::Server };
+            self.swarm.behaviour_mut().kad.set_mode(Some(mode));
+        }
+    }
+
+    pub(super) fn on_punched(&mut self, event: &dcutr::Event) {
+        tracing::debug!(peer = %event.remote_peer_id, result = ?event.result, "hole punching");
+        if let (Ok(id), Some(known)) = (&event.result, self.peers.get_mut(&event.remote_peer_id)) {
+            known.on_punched(*id);
+        }
     }
 
     pub(super) fn keep_doors(&mut self, now: Instant) {
         self.reopen_doors(now);
-        if self.keeper.private && self.cfg.relay_client {
+        let wants_relays = self.keeper.private && self.cfg.relay_client;
+        let relays = |peer: &PeerId| wants_relays && self.peers.get(peer).is_some_and(|known| known.hop);
+        let unneeded = |door: &&Door| door.relay.is_some_and(|peer| !relays(&peer));
+        let unneeded: Vec<Addr> = self.keeper.wanted.iter().filter(unneeded).map(|door| door.addr.clone()).collect();
+        for addr in unneeded {
+            self.unlisten(&addr);
+        }
+        if wants_relays {
             self.reserve();
-        } else {
-            let unneeded: Vec<Addr> =
-                self.keeper.wanted.iter().filter(|door| door.relay.is_some()).map(|door| door.addr.clone()).collect();
-            for addr in unneeded {
-                self.unlisten(&addr);
-            }
         }
     }
 
@@ -245,7 +299,7 @@ impl Actor {
             .peers
             .iter()
             .filter(|(peer, known)| known.up && known.hop && !taken(peer))
-            .filter_map(|(peer, known)| Some((*peer, known.direct_addr()?.with_node(known.node).circuit())))
+            .filter_map(|(peer, known)| Some((*peer, known.public_addr()?.with_node(known.node).circuit())))
             .take(missing)
             .collect();
         for (peer, addr) in relays {

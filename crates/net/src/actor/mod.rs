@@ -39,6 +39,7 @@ use crate::config::NetConfig;
 use crate::event::NetEvent;
 use crate::handle::{Command, Doors};
 use crate::limits::Meter;
+use crate::peer_file::PeerFile;
 
 /// How often the actor looks after what time alone changes.
 const TICK: Duration = Duration::from_millis(250);
@@ -76,6 +77,7 @@ pub(crate) struct Actor {
     seeker: Seeker,
     keeper: DoorKeeper,
     twins: Twins,
+    peer_file: Option<PeerFile>,
 }
 
 impl Actor {
@@ -106,6 +108,7 @@ impl Actor {
             seeker: Seeker::new(me, now),
             keeper: DoorKeeper::new(doors),
             twins: Twins::default(),
+            peer_file: None,
             cfg,
         }
     }
@@ -132,6 +135,10 @@ impl Actor {
             }
             self.hand_over();
         };
+        if let Some(saving) = self.remember_peers() {
+            // A list that could not be written was warned about.
+            let _ = saving.await;
+        }
         self.farewell().await;
         let ports = self.keeper.listening();
         drop(self);
@@ -255,10 +262,10 @@ impl Actor {
             BehaviourEvent::Ping(event) => self.on_ping(&event),
             BehaviourEvent::Kad(event) => self.on_kad(event),
             BehaviourEvent::Mdns(event) => self.on_mdns(event),
-            BehaviourEvent::Autonat(event) => self.on_autonat(&event),
+            BehaviourEvent::Autonat(event) => self.on_autonat(event),
             BehaviourEvent::RelayClient(event) => tracing::debug!(?event, "relay client"),
             BehaviourEvent::RelayServer(event) => tracing::debug!(?event, "relay"),
-            BehaviourEvent::Dcutr(event) => tracing::debug!(?event, "hole punching"),
+            BehaviourEvent::Dcutr(event) => self.on_punched(&event),
             BehaviourEvent::Gate(never) | BehaviourEvent::Limits(never) | BehaviourEvent::Book(never) => match never {},
         }
     }
@@ -281,6 +288,7 @@ impl Actor {
 
     fn sweep(&mut self, now: Instant) {
         self.swarm.behaviour_mut().gate.sweep(now);
+        drop(self.remember_peers());
         self.forget_resets(now);
         let peers = &self.peers;
         self.meters.retain(|peer, meter| peers.contains_key(peer) || !meter.is_idle(now));

@@ -43,6 +43,8 @@ pub(crate) struct Conn {
     local: Option<IpAddr>,
     relayed: bool,
     outbound: bool,
+    /// Opened by hole punching, from both sides at once: nobody else could repeat it.
+    punched: bool,
     opened: Instant,
     /// Which process is at the other end, by its own account.
     instance: Option<String>,
@@ -55,7 +57,7 @@ pub(crate) struct Peer {
     conns: BTreeMap<ConnectionId, Conn>,
     /// Identified as one of us, and the node knows.
     pub(super) up: bool,
-    /// Offers to be a relay.
+    /// Offers to be a relay, and needs none itself.
     pub(super) hop: bool,
     agent: String,
     listen: Vec<Addr>,
@@ -82,11 +84,25 @@ impl Peer {
         }
     }
 
-    /// Where a direct connection of this peer can be repeated.
-    pub(super) fn direct_addr(&self) -> Option<Addr> {
-        let dialled =
-            self.conns.values().filter(|conn| conn.outbound && !conn.relayed).find_map(|conn| conn.addr.clone());
-        dialled.or_else(|| self.listen.iter().find(|addr| !addr.is_relayed()).cloned())
+    /// Where others can dial this peer: this node, which has no better place in the world than they, could.
+    pub(super) fn public_addr(&self) -> Option<Addr> {
+        let dialled = |conn: &&Conn| conn.outbound && !conn.relayed && !conn.punched;
+        self.conns.values().filter(dialled).find_map(|conn| conn.addr.clone())
+    }
+
+    /// The connection that was opened to an address last, if there is another direct one.
+    pub(super) fn spare(&self, addr: &Addr) -> Option<ConnectionId> {
+        let direct = self.conns.iter().filter(|(_, conn)| !conn.relayed);
+        let last = direct.clone().filter(|(_, conn)| conn.outbound && conn.addr.as_ref() == Some(addr));
+        let last = last.max_by_key(|(_, conn)| conn.opened)?.0;
+        (direct.count() > 1).then_some(*last)
+    }
+
+    /// Notes that a connection came about by hole punching.
+    pub(super) fn on_punched(&mut self, id: ConnectionId) {
+        if let Some(conn) = self.conns.get_mut(&id) {
+            conn.punched = true;
+        }
     }
 
     /// Connected and identified long enough that all first messages have passed.
@@ -160,6 +176,7 @@ impl Actor {
             local: local_of(endpoint),
             relayed: endpoint.is_relayed(),
             outbound: endpoint.is_dialer(),
+            punched: false,
             opened: now,
             instance: None,
         };
@@ -229,22 +246,26 @@ impl Actor {
         let near = conn.addr.as_ref().is_none_or(Addr::is_loopback);
         known.listen = listen_addrs(node, &info, near);
         agent.clone_into(&mut known.agent);
-        known.hop = info.protocols.iter().any(|protocol| protocol.as_ref() == RELAY_HOP);
+        known.hop = info.protocols.iter().any(|protocol| protocol.as_ref() == RELAY_HOP)
+            && !known.listen.iter().any(Addr::is_relayed);
         self.note_addresses(peer, info.protocols.contains(&self.names.kad), now);
         self.announce(peer, id, &info);
     }
 
-    /// Tells the book and the DHT where an identified peer listens.
+    /// Tells the book and the DHT where an identified peer listens. Of a peer with doors at relays the DHT hears those alone: its
+    /// own addresses lead nowhere from outside its house, or to somebody else, and its neighbours know them anyway.
     fn note_addresses(&mut self, peer: PeerId, in_dht: bool, now: Instant) {
         let Some(known) = self.peers.get(&peer) else { return };
         let listen = known.listen.clone();
+        let relayed = listen.iter().any(Addr::is_relayed);
+        let told = |addr: &Addr| listen.contains(addr) && addr.is_relayed() == relayed;
         let behaviour = self.swarm.behaviour_mut();
-        let stale: Vec<_> = behaviour.book.addrs(&peer).filter(|addr| !listen.contains(addr)).cloned().collect();
+        let stale: Vec<_> = behaviour.book.addrs(&peer).filter(|addr| !told(addr)).cloned().collect();
         for addr in stale {
             behaviour.kad.remove_address(&peer, addr.multiaddr());
         }
         if in_dht {
-            for addr in &listen {
+            for addr in listen.iter().filter(|addr| told(addr)) {
                 behaviour.kad.add_address(&peer, addr.multiaddr().clone());
             }
         }

@@ -1,22 +1,24 @@
 //! Seeking: how a node finds its peers, and finds them again.
 //!
-//! While there is no peer, every bootstrap peer and the peers heard of last are dialled in rounds, at most ten seconds apart, for
+//! While there is no peer, every bootstrap peer and some that were met or heard of are dialled in rounds, at most ten seconds apart, for
 //! ever. While there are fewer than `conn.target`, a few known peers are dialled at each tick, each with its own back-off.
 //! Bootstrap peers are dialled in any case, so that two halves of a swarm that were cut apart grow together again.
 
 use std::num::NonZeroU8;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use chorus_protocol::NodeId;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, ListenError};
 use libp2p::{Multiaddr, PeerId, kad, mdns};
+use tokio::task::JoinHandle;
 
 use super::Actor;
 use crate::addr::Addr;
 use crate::event::NetEvent;
 use crate::identity::peer_of;
 use crate::limits::jitter;
+use crate::peer_file::PeerFile;
 
 /// The wait after the first round without success; it doubles up to the last, and is spread by a quarter in both directions.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
@@ -84,6 +86,21 @@ impl Actor {
                 None => {}
             }
         }
+    }
+
+    /// Takes the peers of the last run over.
+    pub(crate) fn recall_peers(&mut self) {
+        let Some(path) = self.cfg.peer_file.clone() else { return };
+        let (file, met) = PeerFile::open(path, SystemTime::now());
+        self.swarm.behaviour_mut().book.restore(met, Instant::now());
+        self.peer_file = Some(file);
+    }
+
+    /// Writes down the peers of this run, if they changed, beside the loop.
+    pub(super) fn remember_peers(&mut self) -> Option<JoinHandle<()>> {
+        let now = SystemTime::now();
+        let met = self.swarm.behaviour().book.met(now);
+        self.peer_file.as_mut()?.update(met, now).map(tokio::task::spawn_blocking)
     }
 
     pub(super) fn seek(&mut self, now: Instant) {
@@ -199,6 +216,12 @@ impl Actor {
             self.asked.remove(&id);
             self.twins.on_outbound(Addr::from_multiaddr(address.clone()).ok().map(|addr| addr.without_node()), now);
             return;
+        }
+        if let DialError::WrongPeerId { obtained, .. } = error
+            && *obtained == peer_of(&self.me)
+        {
+            // Another node's address in its own house is this node's in this one: the other end of this dial is seen as well.
+            self.twins.on_outbound(None, now);
         }
         if let Some(addr) = self.asked.remove(&id) {
             self.emit(NetEvent::DialFailed { addr, reason: reason_of(error) });

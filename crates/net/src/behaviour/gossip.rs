@@ -9,20 +9,39 @@
 //! - Scores know no rate of delivery (P3), because a small swarm is silent for minutes, and no penalty for neighbours on one IP
 //!   address (P6), because a swarm on one machine or behind one router is a normal one.
 
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use chorus_protocol::limits::MAX_GOSSIP_BYTES;
 use libp2p::gossipsub::{
-    self, IdentityTransform, MaxCountSubscriptionFilter, Message, MessageAuthenticity, MessageId, PeerScoreParams,
-    PeerScoreThresholds, TopicHash, TopicScoreParams, ValidationMode, WhitelistSubscriptionFilter,
+    self, DataTransform, IdentityTransform, MaxCountSubscriptionFilter, Message, MessageAuthenticity, MessageId,
+    PeerScoreParams, PeerScoreThresholds, RawMessage, TopicHash, TopicScoreParams, ValidationMode,
+    WhitelistSubscriptionFilter,
 };
 
 use super::names::Names;
 use crate::error::NetError;
 
 /// The behaviour: only our topics can be subscribed to, by anybody.
-pub(crate) type Behaviour =
-    gossipsub::Behaviour<IdentityTransform, MaxCountSubscriptionFilter<WhitelistSubscriptionFilter>>;
+pub(crate) type Behaviour = gossipsub::Behaviour<Counted, MaxCountSubscriptionFilter<WhitelistSubscriptionFilter>>;
+
+/// Counts what arrives: every copy of every message, since gossipsub itself keeps silent about those that come again.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Counted(pub(crate) Arc<AtomicU64>);
+
+impl DataTransform for Counted {
+    fn inbound_transform(&self, raw: RawMessage) -> Result<Message, io::Error> {
+        self.0.fetch_add(1, Relaxed);
+        IdentityTransform.inbound_transform(raw)
+    }
+
+    fn outbound_transform(&self, topic: &TopicHash, data: Vec<u8>) -> Result<Vec<u8>, io::Error> {
+        IdentityTransform.outbound_transform(topic, data)
+    }
+}
 
 /// What gossipsub's envelope adds to a message: topic, tags and lengths.
 const ENVELOPE_BYTES: usize = 1024;
@@ -118,7 +137,7 @@ fn scores(names: &Names) -> (PeerScoreParams, PeerScoreThresholds) {
 }
 
 /// Sets gossipsub up and subscribes to all topics.
-pub(crate) fn behaviour(names: &Names) -> Result<Behaviour, NetError> {
+pub(crate) fn behaviour(names: &Names, arrived: Counted) -> Result<Behaviour, NetError> {
     let setup = |what: String| NetError::Setup { what: format!("gossipsub: {what}") };
     let filter = MaxCountSubscriptionFilter {
         filter: WhitelistSubscriptionFilter(names.topics().map(|topic| topic.hash()).collect()),
@@ -126,8 +145,9 @@ pub(crate) fn behaviour(names: &Names) -> Result<Behaviour, NetError> {
         max_subscriptions_per_request: 16,
     };
     let config = config().map_err(|error| setup(error.to_string()))?;
-    let mut gossip = Behaviour::new_with_subscription_filter(MessageAuthenticity::Anonymous, config, filter)
-        .map_err(|error| setup(error.to_owned()))?;
+    let mut gossip =
+        Behaviour::new_with_subscription_filter_and_transform(MessageAuthenticity::Anonymous, config, filter, arrived)
+            .map_err(|error| setup(error.to_owned()))?;
     let (params, thresholds) = scores(names);
     gossip.with_peer_score(params, thresholds).map_err(setup)?;
     for topic in names.topics() {
@@ -146,7 +166,7 @@ mod tests {
     #[test]
     fn the_settings_are_valid_and_the_id_depends_on_topic_and_data() {
         let names = Names::new(&"test".parse().unwrap());
-        assert!(behaviour(&names).is_ok());
+        assert!(behaviour(&names, Counted::default()).is_ok());
         let [ledger, beacon] = Topic::ALL.map(|topic| names.hash(topic));
         assert_eq!(hash(&ledger, b"x"), hash(&ledger, b"x"));
         assert_ne!(hash(&ledger, b"x"), hash(&beacon, b"x"));

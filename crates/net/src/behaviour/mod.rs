@@ -18,6 +18,7 @@ use libp2p::{autonat, connection_limits, dcutr, identify, kad, mdns, ping, relay
 
 use self::book::Book;
 use self::gate::Gate;
+use self::gossip::Counted;
 use self::names::Names;
 use crate::config::NetConfig;
 use crate::error::NetError;
@@ -26,6 +27,10 @@ use crate::error::NetError;
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Requests under way on one connection, both directions together. Both sides keep to the outbox's window of batches.
 const MAX_STREAMS: usize = 64;
+/// AutoNAT: the first question is put to a peer so soon after the start, when a node with a bootstrap peer has joined...
+const NAT_FIRST_PROBE: Duration = Duration::from_secs(3);
+/// ...and the next ones at this distance until three agree; in a small swarm it is the same peer that is asked.
+const NAT_PROBE_EVERY: Duration = Duration::from_secs(20);
 /// Provider records kept for others, and providers of one key.
 const MAX_PROVIDED_KEYS: usize = 1024;
 
@@ -55,6 +60,7 @@ impl Behaviour {
         keys: &Keypair,
         agent: String,
         relay_client: relay::client::Behaviour,
+        arrived: Counted,
     ) -> Result<Self, NetError> {
         let me = keys.public().to_peer_id();
         let identify = identify::Config::new(names.identify.clone(), keys.public())
@@ -72,10 +78,10 @@ impl Behaviour {
             ping: ping::Behaviour::new(ping),
             identify: identify::Behaviour::new(identify),
             direct: direct::Behaviour::new([(names.direct.clone(), ProtocolSupport::Full)], direct),
-            gossip: gossip::behaviour(names)?,
+            gossip: gossip::behaviour(names, arrived)?,
             kad: kad(cfg, names, keys),
             mdns: Toggle::from(cfg.mdns.then(|| mdns(keys)).flatten()),
-            autonat: autonat::v1::Behaviour::new(me, autonat::v1::Config::default()),
+            autonat: autonat::v1::Behaviour::new(me, autonat()),
             relay_server: Toggle::from(cfg.relay_server.then(|| relay::Behaviour::new(me, relay_config(cfg)))),
             relay_client,
             dcutr: dcutr::Behaviour::new(me),
@@ -125,6 +131,15 @@ fn mdns(keys: &Keypair) -> Option<mdns::tokio::Behaviour> {
             |error| tracing::warn!(%error, "no multicast here: peers on the local network are not found by themselves"),
         )
         .ok()
+}
+
+fn autonat() -> autonat::v1::Config {
+    autonat::v1::Config {
+        boot_delay: NAT_FIRST_PROBE,
+        retry_interval: NAT_PROBE_EVERY,
+        throttle_server_period: NAT_PROBE_EVERY,
+        ..autonat::v1::Config::default()
+    }
 }
 
 fn relay_config(cfg: &NetConfig) -> relay::Config {

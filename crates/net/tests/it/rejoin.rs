@@ -157,3 +157,31 @@ async fn a_ticket_is_all_one_needs_to_join() {
     let info = guest.handle.peers().await.remove(0);
     assert!(info.agent.starts_with("chorus/") && !info.relayed && info.outbound, "{info:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restarted_node_finds_the_swarm_though_its_bootstrap_peer_is_gone() {
+    let dir = std::env::temp_dir().join(format!("chorus-net-peers-{}", std::process::id()));
+    let hub = Node::join(1, &[]).await;
+    let friend = Node::join(2, &[&hub]).await;
+    let mut cfg = config();
+    cfg.bootstrap = hub.addrs();
+    cfg.peer_file = Some(dir.clone());
+    let mut node = Node::start(cfg.clone(), &key(3)).await;
+    node.wait_up(friend.id).await;
+    node.handle.shutdown().await;
+    hub.handle.shutdown().await;
+
+    let mut node = Node::start(cfg.clone(), &key(3)).await;
+    node.wait_up(friend.id).await;
+    node.handle.shutdown().await;
+
+    // A file that something else wrote over is no reason not to start.
+    std::fs::write(&dir, [0xff; 5_000]).unwrap();
+    cfg.bootstrap = friend.addrs();
+    let mut node = Node::start(cfg, &key(3)).await;
+    node.wait_up(friend.id).await;
+    node.handle.shutdown().await;
+    let written = std::fs::read_to_string(&dir).unwrap();
+    assert!(written.lines().all(|line| line.contains("/p2p/")) && !written.is_empty(), "{written}");
+    std::fs::remove_file(&dir).unwrap();
+}
