@@ -4,6 +4,8 @@
 //! waits for fails the test with its log's last lines, so that a red run explains itself.
 #![allow(clippy::panic, reason = "a harness fails tests")]
 
+pub mod netns;
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

@@ -6,6 +6,7 @@ mod api;
 mod faults;
 mod input;
 mod model;
+mod namespaces;
 mod survival;
 mod weight;
 
