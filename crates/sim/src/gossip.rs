@@ -11,6 +11,12 @@
 //! 5. What it leaves out: the lazy repair by `IHAVE` and `IWANT`, so that a frame which every mesh neighbour lost is lost here and
 //!    not there; grafting and pruning by finer scores; queues of slow peers. The first makes the model's losses pessimistic.
 //!
+//! Against real swarms: twenty libp2p nodes on one machine's loopback (`cargo test -p chorus-net --test it -- gossip direct
+//! --nocapture`, two cores) brought 20 messages of 20 authors to everybody within 126 ms of the first, and a direct message of
+//! 256 bytes took 0.17 ms at the median and 0.36 ms at the 99th percentile. So what a hop costs beside its link is far below the
+//! links of the scenarios, and the model counts it as nothing. `peers`, `degree` and `tolerated_rejects` are the shipped node's
+//! settings, not measurements; how losses and long links act together is not measured on real swarms.
+//!
 //! Copies that would come later than one already under way are not simulated: only their bytes are counted. If the first copy then
 //! dies on a link that is cut in that very moment, the later ones are missing too; the ledger's reconciliation makes up for it.
 
