@@ -95,8 +95,12 @@ struct World {
     /// The trainer's disk: frames, and the last checkpoint.
     disk: BTreeMap<FrameKey, Verified<RolloutFrame>>,
     checkpoint: Progress,
+    /// Groups that were complete at the last checkpoint.
+    complete: usize,
     trainer_disk_full_until: Time,
     update: Duration,
+    /// Updates between two checkpoints, each of which is published.
+    period: u64,
     swap: Duration,
     batches: Vec<Batch>,
     /// How likely a message to the trainer is doubled.
@@ -141,8 +145,10 @@ impl World {
             count: 0,
             disk: BTreeMap::new(),
             checkpoint: Progress::default(),
+            complete: 0,
             trainer_disk_full_until: Time::ZERO,
             update: Duration::from_millis(100),
+            period: 1,
             swap: Duration::from_millis(20),
             batches: Vec::new(),
             doubled: 0.0,
@@ -396,10 +402,13 @@ impl World {
                         continue;
                     }
                     self.buffer(Some(BufferInput::Stepped(step)));
-                    let progress = self.buffer.progress();
-                    self.checkpoint = progress.clone();
-                    self.buffer(Some(BufferInput::Checkpointed(progress)));
-                    self.publish(step);
+                    if step % self.period == 0 {
+                        let progress = self.buffer.progress();
+                        self.checkpoint = progress.clone();
+                        self.complete = self.buffer.fill().1;
+                        self.buffer(Some(BufferInput::Checkpointed(progress)));
+                        self.publish(step);
+                    }
                     self.buffer(Some(BufferInput::Want));
                 }
             }
@@ -547,9 +556,11 @@ fn frames_count_once_however_often_they_come() {
 
 #[test]
 fn nothing_acknowledged_is_lost_when_the_trainer_crashes() {
-    for seed in 0..4 {
-        let mut world = World::new(config(Mode::Streaming { staleness: 2 }), 3, seed);
+    for (seed, period) in [(0, 1), (1, 1), (2, 2), (3, 3), (4, 3)] {
+        let mut world = World::new(config(Mode::Streaming { staleness: 4 }), 3, seed);
+        world.period = period;
         world.start();
+        let mut complete = 0;
         for crash in 1..4 {
             world.run(|world| world.batches.len() >= 6 * crash);
             // Somewhere in the middle of an update.
@@ -572,8 +583,11 @@ fn nothing_acknowledged_is_lost_when_the_trainer_crashes() {
             assert!(world.batches.iter().all(|batch| batch.step < restored_step));
             let again: BTreeSet<GroupId> = world.buffer.progress().open.into_iter().collect();
             assert!(open.is_subset(&again));
+            assert!(world.buffer.fill().1 >= world.complete, "a complete group is not complete any more");
+            complete += world.complete;
         }
         world.run(|world| world.batches.len() >= 24);
+        assert!(complete > 0, "the crashes hit an empty buffer");
     }
 }
 
