@@ -1,5 +1,7 @@
 //! The records that are measured: capabilities of as many authors, receipts of fifty authors in chains, and bare signatures.
 
+use std::sync::Arc;
+
 use chorus_protocol::beacon::{Receipt, Verdict, Work};
 use chorus_protocol::capability::Capability;
 use chorus_protocol::entry::{Body, Entry};
@@ -41,7 +43,7 @@ pub(crate) fn capabilities() -> Vec<Verified<Entry>> {
         skills: List::default(),
         tools: List::default(),
     };
-    (0..SAMPLE).map(|n| sign(&key(n), 1, Hash::ZERO, WALL, Body::Capability(std::sync::Arc::new(capability(n))))).collect()
+    (0..SAMPLE).map(|n| sign(&key(n), 1, Hash::ZERO, WALL, Body::Capability(Arc::new(capability(n))))).collect()
 }
 
 /// Receipts of all authors in turn, each in a chain, a millisecond apart.
