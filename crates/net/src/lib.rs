@@ -7,9 +7,9 @@
 //! ```
 //!
 //! 1. [`Net::start`] binds the listen addresses (a port in use is a typed error) and spawns the actor, which owns the swarm.
-//! 2. The actor dials the bootstrap peers, learns of others from them (kad), from the local network (mDNS) and from gossip's
-//!    neighbours, and keeps up to `conn.target` connections by itself. With no peer at all it tries again, with back-off and
-//!    jitter, at least every ten seconds, for ever.
+//! 2. The actor dials the bootstrap peers and those of its last run, learns of others from them (kad), from the local network
+//!    (mDNS) and from gossip's neighbours, and keeps up to `conn.target` connections by itself. With no peer at all it tries
+//!    again, with back-off and jitter, at least every ten seconds, for ever.
 //! 3. `identify` tells each side the other's network and wire version. A peer of another one is refused, and reported.
 //! 4. [`NetHandle::publish`] gossips a message to all; nothing is passed on before [`NetHandle::validated`] says so.
 //!    [`NetHandle::send`] carries a message to one node, over whatever way there is, and reports its fate once.

@@ -27,9 +27,9 @@ use crate::error::NetError;
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Requests under way on one connection, both directions together. Both sides keep to the outbox's window of batches.
 const MAX_STREAMS: usize = 64;
-/// AutoNAT: the first question is put to a peer so soon after the start, when a node with a bootstrap peer has joined...
+/// AutoNAT asks a first peer whether it gets in so soon after the start: a node with a bootstrap peer has joined by then.
 const NAT_FIRST_PROBE: Duration = Duration::from_secs(3);
-/// ...and the next ones at this distance until three agree; in a small swarm it is the same peer that is asked.
+/// It asks again at this distance until three answers agree; in a small swarm it is one peer that is asked each time.
 const NAT_PROBE_EVERY: Duration = Duration::from_secs(20);
 /// Provider records kept for others, and providers of one key.
 const MAX_PROVIDED_KEYS: usize = 1024;
