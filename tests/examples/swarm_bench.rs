@@ -12,18 +12,39 @@ use serde_json::{Value, json};
 const PAIRS: usize = 60;
 /// Elections of which the distribution is printed.
 const ELECTIONS: usize = 300;
-/// Pairs with the default model and 128 tokens.
-const LONG_PAIRS: usize = 5;
+/// Pairs with the default model and long answers.
+const LONG_PAIRS: usize = 12;
+/// Tokens of a long answer.
+const LONG_TOKENS: u32 = 128;
 
-fn chat(node: &Node, model: &str, max_tokens: u32, seed: usize) -> f64 {
+/// Asks for an answer; returns how long it took in milliseconds, and its tokens.
+fn chat(node: &Node, model: &str, max_tokens: u32, seed: usize) -> (f64, u64) {
     let body = json!({
         "model": model, "max_tokens": max_tokens, "temperature": 0.0, "seed": seed,
-        "messages": [{"role": "user", "content": format!("Count from {seed} to one thousand, in words.")}],
+        // A system message of its own, so that the node's does not stand before one of the two.
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": format!("Count from {seed} to one thousand, in words.")},
+        ],
+        // A text that may not end before the limit, so that all answers have as many tokens as were asked for.
+        "response_format": {"type": "json_schema", "json_schema": {"name": "text", "schema": {"type": "string", "minLength": 4_000}}},
     });
     let started = Instant::now();
     let (status, reply) = node.post("/v1/chat/completions", &body);
+    let took = started.elapsed().as_secs_f64() * 1e3;
     assert_eq!(status, 200, "{reply}");
-    started.elapsed().as_secs_f64() * 1e3
+    (took, reply["usage"]["completion_tokens"].as_u64().unwrap())
+}
+
+/// Asks the bare engine and the swarm for one and the same answer, each of them first in every other pair. The engine keeps nothing
+/// of a prompt, so whoever comes second gains nothing.
+fn pair(node: &Node, own: &str, max_tokens: u32, seed: usize) -> [(f64, u64); 2] {
+    if seed.is_multiple_of(2) {
+        let alone = chat(node, own, max_tokens, seed);
+        return [alone, chat(node, "chorus", max_tokens, seed)];
+    }
+    let through = chat(node, "chorus", max_tokens, seed);
+    [chat(node, own, max_tokens, seed), through]
 }
 
 fn quantile(values: &[f64], q: f64) -> f64 {
@@ -60,9 +81,7 @@ fn overhead() {
     }
     let (mut bare, mut added) = (Vec::new(), Vec::new());
     for seed in 0..PAIRS {
-        // Different prompts of one length: an engine that remembers prefixes must not favour whoever comes second.
-        let alone = chat(node, &own, 8, 1_000 + 2 * seed);
-        let through = chat(node, "chorus", 8, 1_001 + 2 * seed);
+        let [alone, through] = pair(node, &own, 8, 1_000 + seed).map(|(took, _)| took);
         bare.push(alone);
         added.push(through - alone);
     }
@@ -109,13 +128,15 @@ fn share_of_a_long_answer() {
     chat(node, &own, 4, 0);
     let (mut bare, mut ratio) = (Vec::new(), Vec::new());
     for seed in 0..LONG_PAIRS {
-        let alone = chat(node, &own, 128, 1_000 + 2 * seed);
-        let through = chat(node, "chorus", 128, 1_001 + 2 * seed);
-        bare.push(alone);
-        ratio.push((through / alone - 1.0) * 100.0);
+        let [alone, through] = pair(node, &own, LONG_TOKENS, 1_000 + seed);
+        assert_eq!(alone.1, through.1, "the same prompt and seed give the same tokens both ways");
+        assert_eq!(alone.1, u64::from(LONG_TOKENS), "the answer ended before its limit");
+        bare.push(alone.0);
+        ratio.push((through.0 / alone.0 - 1.0) * 100.0);
     }
-    let (low, median, high) = (quantile(&ratio, 0.0), quantile(&ratio, 0.5), quantile(&ratio, 1.0));
-    println!("bare engine, default model, 128 tokens: {:.0} ms (median of {LONG_PAIRS})", quantile(&bare, 0.5));
+    let quartiles = |values: &[f64]| [0.25, 0.5, 0.75].map(|q| quantile(values, q));
+    let ([_, bare, _], [low, median, high]) = (quartiles(&bare), quartiles(&ratio));
+    println!("bare engine, default model, {LONG_TOKENS} tokens: {bare:.0} ms (median of {LONG_PAIRS})");
     row(
         "direct through the swarm adds to a 128-token answer",
         format!("{median:.2} % ({low:.2} to {high:.2})"),
