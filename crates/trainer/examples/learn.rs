@@ -45,8 +45,9 @@ fn learn(learner: &mut Learner, environment: &dyn Environment, round: Round, sec
     let (mut sampling, mut learning) = (0.0, 0.0);
     loop {
         let step = learner.steps();
-        let held_out =
-            (step % LOOK.0 == 0).then(|| evaluate(learner.policy(), environment, LOOK.1, 1.0).expect("an evaluation"));
+        let held_out = step
+            .is_multiple_of(LOOK.0)
+            .then(|| evaluate(learner.policy(), environment, LOOK.1, 1.0).expect("an evaluation"));
         let begun = Instant::now();
         let rollouts = roll_out(learner.policy(), environment, round, step).expect("rollouts");
         sampling += begun.elapsed().as_secs_f64();
