@@ -113,7 +113,7 @@ fn collect_options(question: &str, find: impl Fn(&str, char) -> Option<(usize, u
         .map(|(&(_, text), end)| {
             // An option ends with its line: what follows the last one is not part of it.
             let option = question[text..end].trim_start();
-            option.lines().next().unwrap_or_default().trim_end_matches([',', ';', ' ']).to_owned()
+            option.lines().next().unwrap_or_default().trim_end_matches([',', ';', '?', ' ']).to_owned()
         })
         .collect()
 }

@@ -234,6 +234,7 @@ fn formats_are_read_from_the_question() {
     let bbh = "Which is it?\nOptions:\n(A) London\n(B) New York\n(C) Paris";
     assert_eq!(resolve(bbh), options(&["London", "New York", "Paris"]));
     assert_eq!(resolve("Pick: (A) red, (B) blue"), options(&["red", "blue"]));
+    assert_eq!(resolve("Which is a fruit: (A) carrot (B) apple?"), options(&["carrot", "apple"]));
     assert_eq!(resolve("Pick one.\nA) red\nB) blue\n\nThink."), options(&["red", "blue"]));
     assert_eq!(resolve("Pick one.\nA. red\nB. blue"), options(&["red", "blue"]));
     assert_eq!(resolve("Is it?\nOptions:\n- valid\n- invalid"), one_of(&["valid", "invalid"]));
