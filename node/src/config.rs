@@ -5,6 +5,7 @@
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use chorus_core::SelectionRule;
 use chorus_protocol::NetworkId;
@@ -110,8 +111,10 @@ pub(crate) struct BeaconSection {
     /// `random`, `score`, `score_reputation`, `linucb` or `discounted`.
     #[serde(with = "rule")]
     pub selection: SelectionRule,
-    /// The longest that bids are waited for, in milliseconds.
+    /// How long bids are compared at least, in milliseconds, unless enough have come before.
     pub window_ms: u64,
+    /// How long at most, in milliseconds: in between the window follows how long bids really take.
+    pub window_max_ms: u64,
 }
 
 /// The selection rule by its name, as the beacon knows it.
@@ -194,7 +197,8 @@ impl Default for EngineSection {
 impl Default for BeaconSection {
     fn default() -> Self {
         let beacon = chorus_core::BeaconConfig::default();
-        Self { selection: beacon.selection, window_ms: u64::try_from(beacon.window.as_millis()).unwrap_or(u64::MAX) }
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        Self { selection: beacon.selection, window_ms: millis(beacon.window), window_max_ms: millis(beacon.window_max) }
     }
 }
 

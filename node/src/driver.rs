@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::executor::{EngineShell, Engines};
 use crate::metrics::Metrics;
+use crate::net_log;
 use crate::spans::JobSpans;
 use crate::storage::Disk;
 
@@ -195,7 +196,7 @@ impl Driver {
                 tracing::debug!(to = %to.fmt_short(), %error, "not delivered");
                 NetInput::SendFailed { to }
             }
-            event => return log_net(&event),
+            event => return net_log::write(&event),
         };
         self.handle(Input::Net(input));
     }
@@ -328,9 +329,4 @@ impl Driver {
 fn wall() -> WallTime {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     WallTime::from_millis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
-}
-
-/// What the network says that the node itself has no part in.
-fn log_net(event: &NetEvent) {
-    tracing::info!(?event, "network");
 }

@@ -16,6 +16,7 @@ mod executor;
 mod keyfile;
 mod logs;
 mod metrics;
+mod net_log;
 mod process;
 mod spans;
 mod storage;

@@ -202,6 +202,7 @@ fn node_config(config: &Config) -> Result<NodeConfig, CommandError> {
     let mut node = NodeConfig::new(config.network_id()?);
     node.beacon.selection = config.beacon.selection;
     node.beacon.window = Duration::from_millis(config.beacon.window_ms);
+    node.beacon.window_max = Duration::from_millis(config.beacon.window_max_ms);
     node.beacon.validate().map_err(CommandError::usage)?;
     Ok(node)
 }
