@@ -14,8 +14,8 @@ use crate::world::World;
 
 /// What every figure of the simulator must be read with.
 pub const CAVEATS: [&str; 3] = [
-    "gossip is a model (hop by hop over a random graph, no IHAVE repair, no time spent in a node; 20 real nodes on loopback \
-     had each message within 126 ms); see crates/sim/src/gossip.rs for its parameters",
+    "gossip is a model (hop by hop over a random graph, no IHAVE repair, no time spent in a node) with the connections, the mesh and \
+     the copies that swarms of 20 and 50 real nodes had; see crates/sim/src/gossip.rs",
     "network, disk, embedder and engine are models; ledger, beacon, scheduler and their router are the shipped code",
     "every frame is encoded and decoded; a record that was verified once is not verified again (`chorus_protocol::memo`)",
 ];
