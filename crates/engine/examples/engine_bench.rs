@@ -11,7 +11,7 @@
 //! lengths, which it decodes in turns.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a benchmark may stop at the first fault")]
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{ops::Range, path::PathBuf, sync::Arc, time::Instant};
 
 use chorus_engine::{
     ChatMessage, Engine, GenerateRequest, MistralConfig, MistralEngine, ModelSource, QuantKind, Sampling, requantize,
@@ -73,25 +73,34 @@ fn prompt(index: usize, same_length: bool) -> String {
     if same_length { format!("{PROMPT} Number {index}.") } else { format!("{PROMPT}{}", " And?".repeat(index)) }
 }
 
-/// Tokens per second of `requests` at once through the engine.
-async fn through_engine(engine: &MistralEngine, requests: usize, same: bool, sampling: Sampling) -> f64 {
+/// What a round brought: tokens per second, and the texts.
+type Round = (f64, Vec<String>);
+
+fn round(started: Instant, answers: Vec<(u32, String)>) -> Round {
+    let tokens: u32 = answers.iter().map(|(tokens, _)| tokens).sum();
+    let rate = f64::from(tokens) / started.elapsed().as_secs_f64();
+    (rate, answers.into_iter().map(|(_, text)| text).collect())
+}
+
+/// These requests at once through the engine.
+async fn through_engine(engine: &MistralEngine, requests: Range<usize>, same: bool, sampling: Sampling) -> Round {
     let started = Instant::now();
-    let generating = (0..requests).map(|index| async move {
+    let generating = requests.map(|index| async move {
         let messages = vec![ChatMessage::user(prompt(index, same))];
         let request = GenerateRequest { sampling, ..GenerateRequest::new(messages, TOKENS) };
         let (sender, mut receiver) = mpsc::channel(64);
         let generating = engine.generate(request, sender, CancellationToken::new());
         let (generated, ()) = tokio::join!(generating, async { while receiver.recv().await.is_some() {} });
-        generated.unwrap().completion_tokens
+        let generated = generated.unwrap();
+        (generated.completion_tokens, generated.text)
     });
-    let tokens: u32 = join_all(generating).await.into_iter().sum();
-    f64::from(tokens) / started.elapsed().as_secs_f64()
+    round(started, join_all(generating).await)
 }
 
 /// The same, asked of mistral.rs itself: streaming, greedy or by its own sampler.
-async fn directly(model: &Model, requests: usize, same: bool, sampling: Sampling) -> f64 {
+async fn directly(model: &Model, requests: Range<usize>, same: bool, sampling: Sampling) -> Round {
     let started = Instant::now();
-    let generating = (0..requests).map(|index| async move {
+    let generating = requests.map(|index| async move {
         let (response, mut responses) = mpsc::channel(TOKENS as usize + 2);
         let messages = TextMessages::new().add_message(TextMessageRole::User, prompt(index, same));
         let request = NormalRequest {
@@ -113,15 +122,26 @@ async fn directly(model: &Model, requests: usize, same: bool, sampling: Sampling
         };
         let sender = model.inner().get_sender(None).unwrap();
         sender.send(Request::Normal(Box::new(request))).await.unwrap();
+        let mut text = String::new();
         while let Some(Response::Chunk(chunk)) = responses.recv().await {
+            text.extend(chunk.choices.iter().filter_map(|choice| choice.delta.content.clone()));
             if let Some(usage) = chunk.usage {
-                return u32::try_from(usage.completion_tokens).unwrap();
+                return (u32::try_from(usage.completion_tokens).unwrap(), text);
             }
         }
-        0
+        (0, text)
     });
-    let tokens: u32 = join_all(generating).await.into_iter().sum();
-    f64::from(tokens) / started.elapsed().as_secs_f64()
+    round(started, join_all(generating).await)
+}
+
+/// How many of these answers, given side by side, are those that the model gives when it is asked one thing at a time.
+async fn like_alone(model: &Model, beside: &[String]) -> usize {
+    let mut like = 0;
+    for (index, text) in beside.iter().enumerate() {
+        let (_, alone) = directly(model, index..index + 1, true, Sampling::greedy()).await;
+        like += usize::from(alone[0] == *text);
+    }
+    like
 }
 
 /// Processor time of this process so far, in ticks of the system's clock.
@@ -153,10 +173,11 @@ async fn overhead(path: PathBuf, repetitions: usize) {
         ("8 requests of other lengths, greedy", MANY, false, Sampling::greedy(), 0.95),
     ];
     for (name, requests, same, sampling, target) in cases {
-        through_engine(&engine, 1, true, sampling).await;
-        directly(&model, 1, true, sampling).await;
+        through_engine(&engine, 0..1, true, sampling).await;
+        directly(&model, 0..1, true, sampling).await;
         let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
         let (mut our_ticks, mut their_ticks) = (0.0, 0.0);
+        let (mut our_texts, mut their_texts) = (Vec::new(), Vec::new());
         let repetitions = match (requests, same) {
             (1, _) => 3 * repetitions,
             (_, true) => repetitions,
@@ -164,15 +185,14 @@ async fn overhead(path: PathBuf, repetitions: usize) {
             (_, false) => repetitions.min(2),
         };
         for repetition in 0..repetitions {
-            let mut one = 0.0;
-            let mut other = 0.0;
+            let (mut one, mut other) = (0.0, 0.0);
             for ours_now in [repetition % 2 == 0, repetition % 2 != 0] {
                 let before = processor_ticks();
                 if ours_now {
-                    one = through_engine(&engine, requests, same, sampling).await;
+                    (one, our_texts) = through_engine(&engine, 0..requests, same, sampling).await;
                     our_ticks += processor_ticks() - before;
                 } else {
-                    other = directly(&model, requests, same, sampling).await;
+                    (other, their_texts) = directly(&model, 0..requests, same, sampling).await;
                     their_ticks += processor_ticks() - before;
                 }
             }
@@ -195,6 +215,10 @@ async fn overhead(path: PathBuf, repetitions: usize) {
             ratio.2,
             our_ticks / their_ticks
         );
+        if requests > 1 && same {
+            let (ours, theirs) = (like_alone(&model, &our_texts).await, like_alone(&model, &their_texts).await);
+            println!("    answers as when asked alone: engine {ours} of {requests}, direct {theirs} of {requests}");
+        }
     }
 }
 
