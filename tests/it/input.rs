@@ -99,7 +99,7 @@ fn two_nodes_with_one_key_are_noticed() {
     wait_for("somebody to notice", || {
         let noticed = [0, 1, twin].iter().any(|&node| {
             let status = swarm.nodes[node].status();
-            swarm.nodes[node].log().contains("DuplicateKey") || status["ledger"]["quarantined"].as_u64() > Some(0)
+            swarm.nodes[node].log().contains("a key of its own") || status["ledger"]["quarantined"].as_u64() > Some(0)
         });
         noticed.then_some(())
     });

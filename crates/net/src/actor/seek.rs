@@ -244,7 +244,6 @@ impl Actor {
     pub(super) fn judge_twins(&mut self, now: Instant) {
         let keeper = &self.keeper;
         if let Some(addr) = self.twins.judge(now, |addr| keeper.is_ours(addr)) {
-            tracing::error!(?addr, "another process uses this node's key: give one of them a key of its own");
             self.emit(NetEvent::DuplicateKey { node: self.me, addr });
         }
     }
