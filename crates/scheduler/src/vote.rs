@@ -1,7 +1,8 @@
 //! The weighted vote, and what a chain weighs in it.
 //!
 //! As published: `a* = argmax_a Σ_i w_i · 1[a_i = a]` with `w_i = (1/K_i) Σ_k s_k`, the mean match score of chain *i*'s executors.
-//! The result does not depend on the order of the ballots. Ties are broken by the number of chains, then by the heaviest single
+//! A ballot that is not of the kind that was asked for (a number where an option was wanted) weighs nothing beside one that is: such
+//! ballots are heard only if there is no other. The result does not depend on the order of the ballots. Ties are broken by the number of chains, then by the heaviest single
 //! chain, then by the answer itself; they are reported all the same.
 
 use std::collections::BTreeMap;
@@ -45,7 +46,7 @@ pub struct Ballot {
 pub struct VoteShare {
     /// The answer, as its heaviest chain writes it.
     pub answer: String,
-    /// The sum of its chains' weights.
+    /// The sum of its chains' weights; 0 where it is not of the kind that was asked for and another answer is.
     pub weight: f64,
     /// Its chains, in order.
     pub chains: Vec<u8>,
@@ -112,7 +113,9 @@ pub fn tally(ballots: &[Ballot], risk: Risk) -> Option<Tally> {
     for ballot in ballots {
         groups.entry(&ballot.answer.key).or_default().push(ballot);
     }
-    let mut camps: Vec<Camp<'_>> = groups.into_iter().filter_map(|(key, ballots)| camp(key, ballots)).collect();
+    let any_fits = ballots.iter().any(|ballot| ballot.answer.fits);
+    let mut camps: Vec<Camp<'_>> =
+        groups.into_iter().filter_map(|(key, ballots)| camp(key, ballots, any_fits)).collect();
     camps.sort_by(|a, b| rank(b, a).then_with(|| a.key.cmp(b.key)));
     let winner = camps.first()?;
     let total: f64 = camps.iter().map(|camp| camp.weight).sum();
@@ -135,7 +138,8 @@ pub fn tally(ballots: &[Ballot], risk: Risk) -> Option<Tally> {
 #[must_use]
 pub fn is_decided(ballots: &[Ballot], out: usize, most: f64) -> bool {
     let mut sums: BTreeMap<&Answer, f64> = BTreeMap::new();
-    for ballot in ballots {
+    // While chains are out, one may still come that fits.
+    for ballot in ballots.iter().filter(|ballot| ballot.answer.fits) {
         *sums.entry(&ballot.answer.key).or_default() += ballot.weight;
     }
     let mut sums: Vec<f64> = sums.into_values().collect();
@@ -145,10 +149,11 @@ pub fn is_decided(ballots: &[Ballot], out: usize, most: f64) -> bool {
     sums.first().is_some_and(|lead| *lead > could + EPSILON)
 }
 
-fn camp<'a>(key: &'a Answer, mut ballots: Vec<&'a Ballot>) -> Option<Camp<'a>> {
+fn camp<'a>(key: &'a Answer, mut ballots: Vec<&'a Ballot>, any_fits: bool) -> Option<Camp<'a>> {
     // Sums of floats depend on their order, so the order is fixed: by weight, then by text, then by chain.
     ballots.sort_by(|a, b| b.weight.total_cmp(&a.weight).then_with(|| a.text.cmp(&b.text)).then(a.chain.cmp(&b.chain)));
-    let weight = ballots.iter().map(|ballot| ballot.weight).sum();
+    let heard = ballots.iter().filter(|ballot| ballot.answer.fits || !any_fits);
+    let weight = heard.map(|ballot| ballot.weight).sum();
     Some(Camp { key, heaviest: *ballots.first()?, ballots, weight })
 }
 
@@ -250,6 +255,20 @@ mod tests {
         for weighting in [Weighting::MatchScore, Weighting::Calibrated] {
             assert!(weigh(&[step(1.0, 1.0)], weighting) <= heaviest(weighting));
         }
+    }
+
+    #[test]
+    fn what_is_not_of_the_kind_asked_for_is_heard_only_if_there_is_no_other() {
+        let options = AnswerFormat::Options(vec!["yes".into(), "no".into()]);
+        let cast =
+            |chain, text, weight| Ballot { answer: judge(text, &options).unwrap(), ..ballot(chain, text, weight) };
+        let (a, b) = (cast(0, "15 * 15 = 225", 0.9), cast(1, "225", 0.9));
+        let unheard = [a.clone(), b.clone(), cast(2, "(B) no", MIN_WEIGHT)];
+        let tally_all = tally(&unheard, Risk::Low).unwrap();
+        assert_eq!((tally_all.answer.as_str(), tally_all.margin, tally_all.tie), ("(B) no", 1.0, false));
+        assert_eq!((tally_all.votes[1].weight, tally_all.votes[1].chains.as_slice()), (0.0, [0, 1].as_slice()));
+        assert!(!is_decided(&[a.clone(), b.clone()], 1, MIN_WEIGHT), "the third may be an option");
+        assert_eq!(tally(&[a, b], Risk::Low).unwrap().answer, "225");
     }
 
     #[test]

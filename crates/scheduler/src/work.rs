@@ -22,7 +22,7 @@ use crate::scheduler::SchedulerEffect;
 use crate::seed::{self, STAGE_DIRECT, STAGE_PLAN, STAGE_STEP};
 use crate::spec::Strategy;
 use crate::task::{Task, Work, place};
-use crate::vote::{Ballot, MIN_WEIGHT, weigh};
+use crate::vote::{Ballot, weigh};
 
 /// Leases that a job may be granted; one more at high risk.
 const MAX_LEASES: u32 = 4;
@@ -295,9 +295,7 @@ impl Task {
         let Some(answer) = judge(text, &self.format) else {
             return self.end_chain(desk, at, Err(ChainError::Empty));
         };
-        // An answer that is not of the kind that was asked for is heard only if there is no other.
-        let executors = chain.reports.get(chain.abandoned..).unwrap_or_default();
-        let weight = if answer.fits { weigh(executors, weighting) } else { MIN_WEIGHT };
+        let weight = weigh(chain.reports.get(chain.abandoned..).unwrap_or_default(), weighting);
         let ballot = Ballot { chain: chain.index, answer, text: text.to_owned(), finish, weight };
         self.end_chain(desk, at, Ok(ballot));
     }
