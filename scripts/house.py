@@ -28,9 +28,9 @@ ARROWS = {
     "store": {"protocol"},
     "engine": {"protocol"},
     "api": {"protocol", "core"},
-    "trainer": {"machine"},
+    "trainer": {"protocol", "machine", "rollout"},
     "sim": {"protocol", "machine", "core", "ledger", "beacon", "scheduler"},
-    "node": {"protocol", "machine", "core", "net", "store", "engine", "api"},
+    "node": {"protocol", "machine", "core", "rollout", "net", "store", "engine", "trainer", "api"},
     "tests": {"protocol", "machine", "core", "net", "store", "engine", "api", "ledger", "beacon", "scheduler"},
 }
 # What lies outside the house and must not come into a pure crate, and whose types stop where.

@@ -76,6 +76,14 @@ pub fn training_task(environment: &dyn Environment, rng: &mut Rng) -> Task {
     draw(environment, false, std::iter::from_fn(|| Some(rng.next_u64())))
 }
 
+/// Returns the training task of a seed, as a group's number gives one: whoever samples a rollout and whoever judges it come to the same
+/// task, and it is never one that is held out.
+#[must_use]
+pub fn training_task_of(environment: &dyn Environment, seed: u64) -> Task {
+    let mut rng = Rng::from_u64(seed);
+    draw(environment, false, std::iter::once(seed).chain(std::iter::from_fn(|| Some(rng.next_u64()))))
+}
+
 /// Returns the `n`-th task for evaluation.
 #[must_use]
 pub fn held_out_task(environment: &dyn Environment, n: u64) -> Task {
@@ -111,6 +119,18 @@ mod tests {
             (0..2_000).map(|n| held_out_task(&*environment, n).prompt).collect();
         assert!(held_out.len() > 500 && trained.len() > 5_000, "{} {}", held_out.len(), trained.len());
         assert!(trained.is_disjoint(&held_out));
+    }
+
+    #[test]
+    fn every_seed_has_one_training_task() {
+        let environment = by_name("arithmetic-2").unwrap();
+        for seed in 0..2_000 {
+            let task = training_task_of(&*environment, seed);
+            assert_eq!(task, training_task_of(&*environment, seed));
+            assert!(!is_held_out(&task));
+            let own = environment.task(seed);
+            assert!(is_held_out(&own) || own == task, "a seed whose own task may be trained on keeps it");
+        }
     }
 
     #[test]

@@ -9,6 +9,6 @@ mod tokenizer;
 pub use checkpoint::{load, save};
 pub use config::PolicyConfig;
 pub use model::{Cache, Policy};
-pub(crate) use model::{MASKED, log_softmax};
+pub(crate) use model::{MASKED, logprobs_of};
 pub use sample::{Sample, Sampler};
 pub use tokenizer::{END, Tokenizer, VOCABULARY};

@@ -92,12 +92,31 @@ impl Policy {
         self.weights.values().map(|weight| weight.elem_count()).sum()
     }
 
-    /// Reads tokens `[rows, places]` at positions `[rows, places]` and returns logits `[rows, places, vocabulary]`. The mask is added
-    /// to the attention scores and must broadcast to `[rows, 1, places, places read so far and now]`.
+    /// Returns a policy with the same weights that no longer change with this one's.
+    ///
+    /// # Errors
+    /// candle's, when a tensor cannot be made.
+    pub fn copy(&self) -> Result<Self> {
+        let copy = |(name, weight): (&String, &Var)| Ok((name.clone(), Var::from_tensor(&weight.as_tensor().copy()?)?));
+        let weights = self.weights.iter().map(copy).collect::<Result<_>>()?;
+        Ok(Self { config: self.config.clone(), weights, rotary: self.rotary.clone() })
+    }
+
+    /// Takes over the weights of a policy of the same shape.
+    ///
+    /// # Errors
+    /// candle's, when the shapes differ.
+    pub fn set(&self, other: &Self) -> Result<()> {
+        self.weights.iter().try_for_each(|(name, weight)| weight.set(other.weight(name)?))
+    }
+
+    /// Reads tokens `[rows, places]` at positions `[rows, places]` and returns what it makes of each place, `[rows · places, width]`,
+    /// for [`Policy::logits`]. The mask is added to the attention scores and must broadcast to `[rows, 1, places, places read so far
+    /// and now]`.
     ///
     /// # Errors
     /// candle's, when shapes do not fit or a position is past the longest sequence.
-    pub fn forward(
+    pub fn read(
         &self,
         tokens: &Tensor,
         positions: &Tensor,
@@ -120,8 +139,16 @@ impl Policy {
             let wide = (gate * linear(&normed, self.weight(&name("mlp.up_proj"))?)?)?;
             x = (x + linear(&wide, self.weight(&name("mlp.down_proj"))?)?)?;
         }
-        let x = self.norm(&x, "model.norm.weight")?;
-        linear(&x, embedding)?.reshape((rows, places, self.config.vocab_size))
+        Ok(x)
+    }
+
+    /// Returns the logits of what follows places that were read, `[places, vocabulary]`. Only for those whose answer is wanted: the
+    /// vocabulary is wider than the policy.
+    ///
+    /// # Errors
+    /// candle's, when shapes do not fit.
+    pub fn logits(&self, read: &Tensor) -> Result<Tensor> {
+        linear(&self.norm(read, "model.norm.weight")?, self.weight("model.embed_tokens.weight")?)
     }
 
     fn attention(
@@ -234,9 +261,10 @@ fn softmax(scores: &Tensor) -> Result<Tensor> {
     powers.broadcast_div(&powers.sum_keepdim(D::Minus1)?)
 }
 
-/// Returns natural logarithms of the probabilities over the last dimension.
-pub(crate) fn log_softmax(logits: &Tensor) -> Result<Tensor> {
+/// Returns the natural logarithm of the probability of each row's target, `[rows]`, under logits `[rows, vocabulary]`.
+pub(crate) fn logprobs_of(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let top = logits.max_keepdim(D::Minus1)?.detach();
     let shifted = logits.broadcast_sub(&top)?;
-    shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)
+    let chosen = shifted.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?;
+    chosen - shifted.exp()?.sum(D::Minus1)?.log()?
 }

@@ -46,8 +46,9 @@ impl Sampler {
         let mut running = rows;
         for step in 0..self.max_tokens {
             let width = positions.dim(1)?;
-            let logits = policy.forward(&tokens, &positions, &mask, Some(&mut cache))?.narrow(1, width - 1, 1)?;
-            let logits: Vec<Vec<f32>> = logits.squeeze(1)?.to_vec2()?;
+            let read = policy.read(&tokens, &positions, &mask, Some(&mut cache))?.reshape((rows, width, ()))?;
+            let logits: Vec<Vec<f32>> =
+                policy.logits(&read.narrow(1, width - 1, 1)?.squeeze(1)?.contiguous()?)?.to_vec2()?;
             let mut next = Vec::with_capacity(rows);
             for (sample, logits) in samples.iter_mut().zip(&logits) {
                 if sample.tokens.last() == Some(&END) {

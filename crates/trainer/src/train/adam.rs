@@ -6,8 +6,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
+
+use super::StepError;
 
 /// How large the steps are.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,7 +54,7 @@ const MEAN: &str = "mean/";
 const SQUARE: &str = "square/";
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct AdamW {
     config: AdamWConfig,
     step: u32,
@@ -70,7 +72,7 @@ impl AdamW {
     ///
     /// # Errors
     /// candle's, or those of the file system.
-    pub(super) fn save(&self, file: &Path) -> Result<()> {
+    pub(super) fn save(&self, file: &Path) -> candle_core::Result<()> {
         let mut tensors = HashMap::from([(STEP.to_owned(), Tensor::new(self.step, &Device::Cpu)?)]);
         for (name, (mean, square)) in &self.moments {
             tensors.insert(format!("{MEAN}{name}"), mean.clone());
@@ -83,7 +85,7 @@ impl AdamW {
     ///
     /// # Errors
     /// candle's, when the file is missing or damaged.
-    pub(super) fn load(config: AdamWConfig, file: &Path) -> Result<Self> {
+    pub(super) fn load(config: AdamWConfig, file: &Path) -> candle_core::Result<Self> {
         let mut tensors = candle_core::safetensors::load(file, &Device::Cpu)?;
         let Some(step) = tensors.remove(STEP) else { candle_core::bail!("{} has no step", file.display()) };
         let mut moments = BTreeMap::new();
@@ -99,8 +101,8 @@ impl AdamW {
     /// Moves the weights against their gradients. Returns the gradient's length before it was clipped.
     ///
     /// # Errors
-    /// candle's; and when the gradient is no number, in which case nothing has moved.
-    pub fn step(&mut self, weights: &BTreeMap<String, Var>, gradients: &GradStore) -> Result<f64> {
+    /// [`StepError`], also when the gradient is no number, in which case nothing has moved.
+    pub fn step(&mut self, weights: &BTreeMap<String, Var>, gradients: &GradStore) -> Result<f64, StepError> {
         let mut squares = 0.0;
         for weight in weights.values() {
             if let Some(gradient) = gradients.get(weight) {
@@ -109,7 +111,7 @@ impl AdamW {
         }
         let norm = squares.sqrt();
         if !norm.is_finite() {
-            candle_core::bail!("the gradient is no number; the step was not taken");
+            return Err(StepError::NotANumber("gradient"));
         }
         self.step += 1;
         let config = self.config;

@@ -37,7 +37,7 @@ pub fn roll_out(
     let mut drawn = sampler.draw(policy, &prompts, &mut rng)?.into_iter().zip(prompts);
     let judge = |task, (sample, prompt): (crate::policy::Sample, Vec<u32>)| {
         let reward = environment.reward(task, &Tokenizer.decode(&sample.tokens));
-        Trajectory { prompt, tokens: sample.tokens, logprobs: sample.logprobs, reward }
+        Trajectory { prompt, tokens: sample.tokens, logprobs: sample.logprobs, reward, lag: 0 }
     };
     Ok(tasks.iter().map(|task| drawn.by_ref().take(round.members).map(|drawn| judge(task, drawn)).collect()).collect())
 }

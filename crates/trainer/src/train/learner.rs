@@ -4,14 +4,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use candle_core::Result;
 use serde::{Deserialize, Serialize};
 
-use super::{AdamW, AdamWConfig, Grpo, GrpoConfig, StepReport, Trajectory};
+use super::{AdamW, AdamWConfig, Grpo, GrpoConfig, StepError, StepReport, Trajectory};
 use crate::policy::{self, Policy};
 
 /// The optimizer's moments, beside the weights.
 const MOMENTS: &str = "optimizer.safetensors";
+/// The policy that learning began with, where the objective knows it.
+const REFERENCE: &str = "reference";
 /// Everything else that a later run needs.
 const STATE: &str = "trainer.json";
 
@@ -29,6 +30,8 @@ pub struct LearnerConfig {
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
     step: u64,
+    #[serde(default)]
+    skipped: u64,
     config: LearnerConfig,
 }
 
@@ -39,13 +42,15 @@ pub struct Learner {
     grpo: Grpo,
     config: LearnerConfig,
     step: u64,
+    skipped: u64,
 }
 
 impl Learner {
     /// Begins to train a policy.
     #[must_use]
     pub const fn new(policy: Policy, config: LearnerConfig) -> Self {
-        Self { policy, grpo: Grpo::new(config.grpo, AdamW::new(config.optimizer)), config, step: 0 }
+        let grpo = Grpo::new(config.grpo, AdamW::new(config.optimizer), None);
+        Self { policy, grpo, config, step: 0, skipped: 0 }
     }
 
     /// Returns the policy as it is now.
@@ -60,21 +65,31 @@ impl Learner {
         self.step
     }
 
+    /// Returns how many batches taught nothing because something in them was no number.
+    #[must_use]
+    pub const fn skipped(&self) -> u64 {
+        self.skipped
+    }
+
     /// Learns from groups of rollouts.
     ///
     /// # Errors
-    /// candle's. The policy is unchanged when the loss or its gradient is no number.
-    pub fn step(&mut self, groups: &[Vec<Trajectory>]) -> Result<StepReport> {
-        let report = self.grpo.step(&self.policy, groups)?;
-        self.step += 1;
-        Ok(report)
+    /// [`StepError`]. The policy is unchanged; after one that [is skippable](StepError::is_skippable), training goes on with the next
+    /// batch.
+    pub fn step(&mut self, groups: &[Vec<Trajectory>]) -> Result<StepReport, StepError> {
+        let report = self.grpo.step(&self.policy, groups);
+        match &report {
+            Ok(_) => self.step += 1,
+            Err(error) => self.skipped += u64::from(error.is_skippable()),
+        }
+        report
     }
 
     /// Writes a checkpoint: whole or not at all, since it is written beside the old one and then put in its place.
     ///
     /// # Errors
     /// candle's, or those of the file system.
-    pub fn save(&self, directory: &Path) -> Result<()> {
+    pub fn save(&self, directory: &Path) -> candle_core::Result<()> {
         let (fresh, old) = (sibling(directory, "new"), sibling(directory, "old"));
         for leftover in [&fresh, &old] {
             if leftover.exists() {
@@ -83,7 +98,10 @@ impl Learner {
         }
         policy::save(&self.policy, &fresh)?;
         self.grpo.optimizer().save(&fresh.join(MOMENTS))?;
-        let state = State { step: self.step, config: self.config };
+        if let Some(reference) = self.grpo.reference() {
+            policy::save(reference, &fresh.join(REFERENCE))?;
+        }
+        let state = State { step: self.step, skipped: self.skipped, config: self.config };
         let state = serde_json::to_vec_pretty(&state).map_err(|error| candle_core::Error::Msg(error.to_string()))?;
         fs::write(fresh.join(STATE), state)?;
         if directory.exists() {
@@ -100,15 +118,18 @@ impl Learner {
     ///
     /// # Errors
     /// candle's, when a file is missing or damaged.
-    pub fn resume(directory: &Path) -> Result<Self> {
+    pub fn resume(directory: &Path) -> candle_core::Result<Self> {
         let old = sibling(directory, "old");
         let directory = if directory.exists() { directory } else { &old };
         let state = fs::read(directory.join(STATE))?;
         let state: State =
             serde_json::from_slice(&state).map_err(|error| candle_core::Error::Msg(format!("{STATE}: {error}")))?;
         let optimizer = AdamW::load(state.config.optimizer, &directory.join(MOMENTS))?;
-        let grpo = Grpo::new(state.config.grpo, optimizer);
-        Ok(Self { policy: policy::load(directory)?, grpo, config: state.config, step: state.step })
+        let reference = directory.join(REFERENCE);
+        let reference = if reference.exists() { Some(policy::load(&reference)?) } else { None };
+        let grpo = Grpo::new(state.config.grpo, optimizer, reference);
+        let State { step, skipped, config } = state;
+        Ok(Self { policy: policy::load(directory)?, grpo, config, step, skipped })
     }
 }
 

@@ -25,7 +25,7 @@ fn rows() -> Vec<(Vec<u32>, Vec<u32>)> {
 fn loss(policy: &Policy, rows: &[(Vec<u32>, Vec<u32>)]) -> Tensor {
     let rows: Vec<(&[u32], &[u32])> = rows.iter().map(|(prompt, answer)| (&prompt[..], &answer[..])).collect();
     let batch = Batch::new(&rows).unwrap();
-    ((batch.logprobs(policy).unwrap() * batch.answers()).unwrap().sum_all().unwrap()).neg().unwrap()
+    batch.logprobs(policy).unwrap().sum_all().unwrap().neg().unwrap()
 }
 
 #[test]
@@ -58,6 +58,7 @@ fn draw(policy: &Policy, prompts: &[&str], seed: u64) -> Vec<Trajectory> {
         tokens: sample.tokens,
         logprobs: sample.logprobs,
         reward: 0.0,
+        lag: 0,
     };
     prompts.into_iter().zip(samples).map(trajectory).collect()
 }
@@ -65,8 +66,7 @@ fn draw(policy: &Policy, prompts: &[&str], seed: u64) -> Vec<Trajectory> {
 /// The logarithms of a trajectory's probabilities as the learner computes them.
 fn recompute(policy: &Policy, row: &Trajectory) -> Vec<f32> {
     let batch = Batch::new(&[(&row.prompt, &row.tokens)]).unwrap();
-    let all: Vec<f32> = batch.logprobs(policy).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-    all[row.prompt.len() - 1..][..row.tokens.len()].to_vec()
+    batch.logprobs(policy).unwrap().to_vec1().unwrap()
 }
 
 #[test]
@@ -175,16 +175,101 @@ fn importance_is_truncated_and_the_clip_ends_a_second_pass() {
     assert!(clipped < open / 2.0, "without the clip {open}, with it {clipped}");
 }
 
+/// All weights in one line.
+fn weights(policy: &Policy) -> Vec<f32> {
+    policy.weights().values().flat_map(|weight| weight.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect()
+}
+
 #[test]
-fn a_loss_that_is_no_number_changes_nothing() {
+fn a_batch_with_something_that_is_no_number_is_skipped_and_the_next_one_teaches() {
     let mut learner = learner(10, GrpoConfig::default());
-    let mut group = pair(learner.policy());
-    let clean = group.clone();
-    group[0].reward = f32::NAN;
-    let before = total(learner.policy(), &clean[0]);
-    let error = learner.step(&[group]).unwrap_err().to_string();
-    assert!(error.contains("no number"), "{error}");
-    assert_eq!((total(learner.policy(), &clean[0]), learner.steps()), (before, 0));
+    let clean = pair(learner.policy());
+    let before = weights(learner.policy());
+    let spoil: [fn(&mut Trajectory); 3] =
+        [|row| row.reward = f32::NAN, |row| row.logprobs[0] = f32::NEG_INFINITY, |row| row.reward = f32::INFINITY];
+    for (count, spoil) in (1..).zip(spoil) {
+        let mut group = clean.clone();
+        spoil(&mut group[0]);
+        let error = learner.step(&[group]).unwrap_err();
+        assert!(error.is_skippable() && error.to_string().contains("no number"), "{error}");
+        assert_eq!((weights(learner.policy()), learner.steps(), learner.skipped()), (before.clone(), 0, count));
+    }
+    learner.step(&[clean]).unwrap();
+    assert_eq!((learner.steps(), learner.skipped()), (1, 3));
+    assert_ne!(weights(learner.policy()), before);
+}
+
+#[test]
+fn a_later_pass_that_fails_takes_the_earlier_ones_back() {
+    let grpo = GrpoConfig { passes: 3, ..GrpoConfig::default() };
+    // A rate at which the first pass throws the weights out of what single precision can hold.
+    let optimizer = AdamWConfig { rate: 1e30, warm_up: 1, ..AdamWConfig::default() };
+    let mut learner = Learner::new(policy(10), LearnerConfig { grpo, optimizer });
+    let group = pair(learner.policy());
+    let before = weights(learner.policy());
+    assert!(learner.step(&[group]).unwrap_err().is_skippable());
+    assert_eq!((weights(learner.policy()), learner.skipped()), (before, 1));
+}
+
+#[test]
+fn micro_batches_add_up_to_the_whole_batch() {
+    let run = |micro_batch: usize| {
+        let mut learner = learner(20, GrpoConfig { micro_batch, kl: 0.1, ..GrpoConfig::default() });
+        let mut group = draw(learner.policy(), &["2+2="; 7], 5);
+        group.iter_mut().enumerate().for_each(|(at, row)| row.reward = (at % 3) as f32 / 2.0);
+        let others = draw(learner.policy(), &["17-9="; 4], 6).into_iter().enumerate();
+        let others = others.map(|(at, row)| Trajectory { reward: (at % 2) as f32, ..row }).collect();
+        let reports: Vec<StepReport> =
+            (0..3).map(|_| learner.step(&[group.clone(), Vec::clone(&others)]).unwrap()).collect();
+        (weights(learner.policy()), reports)
+    };
+    let (whole, reports) = run(0);
+    for size in [1, 3, 100] {
+        let (parts, others) = run(size);
+        let apart = whole.iter().zip(&parts).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(apart < 1e-5, "micro-batches of {size} end {apart} away");
+        for (a, b) in reports.iter().zip(&others) {
+            assert!((a.gradient / b.gradient - 1.0).abs() < 1e-4, "{a:?} {b:?}");
+            assert!((a.importance - b.importance).abs() < 1e-5 && (a.kl - b.kl).abs() < 1e-6, "{a:?} {b:?}");
+        }
+    }
+}
+
+#[test]
+fn divergence_from_the_reference_is_estimated_and_held_down() {
+    let drift = |kl: f64| {
+        let mut learner = learner(21, GrpoConfig { kl, ..GrpoConfig::default() });
+        let group = pair(learner.policy());
+        let before = total(learner.policy(), &group[0]);
+        let mut last = StepReport::default();
+        for step in 0..40 {
+            last = learner.step(std::slice::from_ref(&group)).unwrap();
+            assert!(last.kl >= 0.0 && (step > 0 || last.kl < 1e-6), "nothing has moved at the first step: {last:?}");
+        }
+        (total(learner.policy(), &group[0]) - before, last.kl)
+    };
+    let (free, none) = drift(0.0);
+    let (held, some) = drift(3.0);
+    assert_eq!(none, 0.0);
+    assert!(some > 0.0 && held > 0.0 && held < free / 2.0, "free {free}, held {held} at {some} nats");
+}
+
+#[test]
+fn the_estimate_of_the_divergence_is_right_on_average() {
+    let (policy, reference) = (policy(22), policy(23));
+    let rows: Vec<Trajectory> = (0..20).flat_map(|seed| draw(&policy, &["2+2="; 200], seed)).collect();
+    let first = |policy: &Policy, token: u32| {
+        let batch = Batch::new(&[(&rows[0].prompt, &[token])]).unwrap();
+        f64::from(batch.logprobs(policy).unwrap().to_vec1::<f32>().unwrap()[0])
+    };
+    let exact: f64 =
+        (0..264).map(|token| first(&policy, token).exp() * (first(&policy, token) - first(&reference, token))).sum();
+    let estimates = rows.iter().map(|row| {
+        let log = first(&reference, row.tokens[0]) - first(&policy, row.tokens[0]);
+        log.exp() - log - 1.0
+    });
+    let mean = estimates.sum::<f64>() / rows.len() as f64;
+    assert!((mean / exact - 1.0).abs() < 0.1, "{mean} and not {exact}");
 }
 
 /// The least that can be learned: answer with the letter that was shown.
@@ -245,9 +330,11 @@ fn rewards_alone_teach_a_policy_to_answer() {
 fn a_resumed_run_goes_on_exactly_where_it_stopped() {
     let directory = tempfile::tempdir().unwrap();
     let at = directory.path().join("policy");
-    let mut through = Learner::new(warm(12), LearnerConfig::default());
+    // The reference that the divergence is measured from must come along.
+    let config = LearnerConfig { grpo: GrpoConfig { kl: 0.1, ..GrpoConfig::default() }, ..LearnerConfig::default() };
+    let mut through = Learner::new(warm(12), config);
     train(&mut through, 6);
-    let mut first = Learner::new(warm(12), LearnerConfig::default());
+    let mut first = Learner::new(warm(12), config);
     train(&mut first, 3);
     first.save(&at).unwrap();
     first.save(&at).unwrap();

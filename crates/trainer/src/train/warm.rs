@@ -1,9 +1,8 @@
 //! The supervised warm start: imitate solutions until a policy knows what an answer looks like.
 
-use candle_core::Result;
 use chorus_machine::Rng;
 
-use super::{AdamW, Batch};
+use super::{AdamW, Batch, StepError};
 use crate::env::{Environment, training_task};
 use crate::policy::{END, Policy, Tokenizer};
 
@@ -21,8 +20,13 @@ pub struct WarmStart {
 /// Imitates solutions of training tasks, and returns the last step's loss in nats a token.
 ///
 /// # Errors
-/// candle's.
-pub fn imitate(policy: &Policy, environment: &dyn Environment, how: WarmStart, optimizer: &mut AdamW) -> Result<f32> {
+/// [`StepError`]'s.
+pub fn imitate(
+    policy: &Policy,
+    environment: &dyn Environment,
+    how: WarmStart,
+    optimizer: &mut AdamW,
+) -> Result<f32, StepError> {
     let mut rng = Rng::from_u64(how.seed);
     let mut last = f32::NAN;
     for _ in 0..how.steps {
@@ -36,8 +40,7 @@ pub fn imitate(policy: &Policy, environment: &dyn Environment, how: WarmStart, o
             .collect();
         let rows: Vec<(&[u32], &[u32])> = rows.iter().map(|(prompt, answer)| (&prompt[..], &answer[..])).collect();
         let batch = Batch::new(&rows)?;
-        let tokens = batch.answers().sum_all()?;
-        let loss = ((batch.logprobs(policy)? * batch.answers())?.sum_all()? / tokens)?.neg()?;
+        let loss = batch.logprobs(policy)?.mean_all()?.neg()?;
         optimizer.step(policy.weights(), &loss.backward()?)?;
         last = loss.to_scalar()?;
     }
