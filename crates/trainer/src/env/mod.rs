@@ -7,12 +7,14 @@
 //! To add one, implement [`Environment`]; `examples/environment.rs` does it in fewer than fifty lines.
 
 mod arithmetic;
+mod judge;
 mod knights;
 mod sokoban;
 
 use chorus_machine::Rng;
 
 pub use arithmetic::Arithmetic;
+pub use judge::{DEFAULT_LIMIT, Judge, JudgeError, Judgement, MAX_STUCK};
 pub use knights::Knights;
 pub use sokoban::Sokoban;
 
