@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Calibration, EngineError, MistralEngine,
-    hook::Choice,
+    hook::{Choice, Logprobs},
     run::{Ran, Run},
     supervisor::Live,
 };
@@ -87,9 +87,10 @@ async fn run(
         prompt: prompt.to_vec(),
         max_tokens,
         choice: Choice::Forced(prompt.iter().copied().cycle().take(max_tokens as usize).collect()),
-        logprobs: false,
+        logprobs: Logprobs::No,
         constraint: Constraint::None,
         stops: Vec::new(),
+        text: true,
     };
     let (nobody, _) = mpsc::channel(1);
     let slot = engine.slot().await?;

@@ -2,6 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use chorus_protocol::policy::Version;
+
 /// Why an engine could not do what it was asked.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -119,6 +121,29 @@ pub enum EngineError {
         /// What went wrong.
         reason: String,
     },
+    /// No version of the policy is loaded yet.
+    #[error("no version of {model} is here yet. Wait for the first one, or ask another node")]
+    NothingServes {
+        /// The policy's name.
+        model: String,
+    },
+    /// A request named the version that must answer it, and another one serves.
+    #[error("version {} was asked for, {} serves. Load the version that is wanted, or ask another node",
+        wanted.fmt_short(), serving.fmt_short())]
+    OtherVersion {
+        /// The version that was asked for.
+        wanted: Version,
+        /// The version that serves.
+        serving: Version,
+    },
+    /// A version is older than the one that serves.
+    #[error("step {step} is older than step {serving}, which serves. Ask for it exactly if it is meant to go back")]
+    OlderVersion {
+        /// The step that was to be loaded.
+        step: u64,
+        /// The step that serves.
+        serving: u64,
+    },
     /// Something took longer than it may.
     #[error("{what} took longer than {limit:?}")]
     Timeout {
@@ -142,7 +167,12 @@ impl EngineError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Overloaded { .. } | Self::Crashed { .. } | Self::Unreachable { .. } | Self::Timeout { .. } => true,
+            Self::Overloaded { .. }
+            | Self::Crashed { .. }
+            | Self::Unreachable { .. }
+            | Self::Timeout { .. }
+            | Self::NothingServes { .. }
+            | Self::OtherVersion { .. } => true,
             Self::Remote { status, .. } => matches!(status, 408 | 425 | 429 | 500..=599),
             _ => false,
         }
@@ -152,7 +182,9 @@ impl EngineError {
     #[must_use]
     pub fn is_retryable_elsewhere(&self) -> bool {
         match self {
-            Self::Cancelled | Self::InvalidSchema { .. } | Self::InvalidRequest { .. } => false,
+            Self::Cancelled | Self::InvalidSchema { .. } | Self::InvalidRequest { .. } | Self::OlderVersion { .. } => {
+                false
+            }
             // 400, 413 and 422 blame the request; everything else is between us and the endpoint.
             Self::Remote { status, .. } => !matches!(status, 400 | 413 | 422),
             _ => true,

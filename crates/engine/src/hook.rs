@@ -26,6 +26,7 @@ use std::{
 
 use candle_core::{Device, Storage, Tensor};
 use mistralrs::CustomLogitsProcessor;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     Sampling,
@@ -47,6 +48,16 @@ pub(crate) enum Choice {
     Draw(Sampling),
     /// Take these tokens in turn, whatever their probability: to score a text or to time decoding.
     Forced(Arc<[u32]>),
+}
+
+/// Which log-probabilities are recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Logprobs {
+    No,
+    /// At the temperature that is drawn at; at 1 when greedy.
+    AsDrawn,
+    /// At temperature 1: the model's own.
+    Plain,
 }
 
 /// A fault that tests inject into the engine thread.
@@ -103,16 +114,24 @@ pub(crate) struct Outcome {
 /// Chooses and records the tokens of one request.
 pub(crate) struct SampleHook {
     choice: Choice,
-    logprobs: bool,
+    logprobs: Logprobs,
     end_token: Option<u32>,
     cancelled: AtomicBool,
     fault: Arc<Fault>,
     record: Mutex<Record>,
+    /// Free when nobody holds the hook any more; mistral.rs does for as long as it may run the request.
+    _slot: Option<OwnedSemaphorePermit>,
 }
 
 impl SampleHook {
-    pub(crate) fn new(choice: Choice, logprobs: bool, end_token: Option<u32>, fault: Arc<Fault>) -> Self {
-        Self { choice, logprobs, end_token, cancelled: AtomicBool::new(false), fault, record: Mutex::default() }
+    pub(crate) fn new(choice: Choice, logprobs: Logprobs, end_token: Option<u32>, fault: Arc<Fault>) -> Self {
+        let (cancelled, record) = (AtomicBool::new(false), Mutex::default());
+        Self { choice, logprobs, end_token, cancelled, fault, record, _slot: None }
+    }
+
+    /// Gives the slot back when mistral.rs has let go of the request.
+    pub(crate) fn holding(self, slot: OwnedSemaphorePermit) -> Self {
+        Self { _slot: Some(slot), ..self }
     }
 
     /// Makes the next token the end token.
@@ -179,12 +198,17 @@ impl SampleHook {
             Choice::Forced(_) => Sampling::greedy(),
         };
         let temperature = if sampling.is_greedy() { 1.0 } else { sampling.temperature };
+        let recorded_at = if self.logprobs == Logprobs::Plain { 1.0 } else { temperature };
         let mut scratch = std::mem::take(&mut record.scratch);
         // The greedy choice without log-probabilities needs no pass over the exponentials.
-        let weights = (self.logprobs || !sampling.is_greedy())
+        let weights = (self.logprobs != Logprobs::No || !sampling.is_greedy())
             .then(|| Weights::new(logits, logits[largest], temperature, &mut scratch));
         if let (Some(weights), false) = (&weights, again) {
-            record.log_normaliser = weights.log_normaliser();
+            record.log_normaliser = if recorded_at == temperature {
+                weights.log_normaliser()
+            } else {
+                sampler::log_normaliser(logits, logits[largest], recorded_at)
+            };
         }
         let token = match (&self.choice, &weights) {
             (Choice::Forced(tokens), _) => tokens.get(position).map_or(largest, |&t| t as usize),
@@ -196,7 +220,7 @@ impl SampleHook {
         };
         let logprob = match (weights, logits.get(token)) {
             (Some(_), Some(&logit)) => {
-                let scaled = f64::from(logit) / f64::from(temperature);
+                let scaled = f64::from(logit) / f64::from(recorded_at);
                 #[allow(clippy::cast_possible_truncation, reason = "rounding is wanted")]
                 let logprob = (scaled - record.log_normaliser) as f32;
                 logprob.min(0.0)
@@ -241,7 +265,7 @@ mod tests {
     use super::*;
 
     fn hook(choice: Choice) -> SampleHook {
-        SampleHook::new(choice, true, Some(0), Arc::new(Fault::none()))
+        SampleHook::new(choice, Logprobs::AsDrawn, Some(0), Arc::new(Fault::none()))
     }
 
     fn chosen(hook: &SampleHook, logits: &[f32], context: usize) -> usize {
@@ -260,6 +284,23 @@ mod tests {
         }
         let seen: std::collections::BTreeSet<u32> = hook.take().sampled.iter().map(|s| s.token).collect();
         assert_eq!(seen.len(), 4, "a flat distribution must show all its tokens");
+    }
+
+    #[test]
+    fn plain_probabilities_are_those_at_temperature_1_whatever_is_drawn_at() {
+        let logits = [3.0_f32, 2.0, 1.0];
+        let normaliser = logits.iter().map(|&l| f64::from(l).exp()).sum::<f64>().ln();
+        for temperature in [0.0, 0.5, 1.0, 2.0] {
+            let choice = Choice::Draw(Sampling::seeded(3, temperature));
+            let hook = SampleHook::new(choice, Logprobs::Plain, Some(0), Arc::new(Fault::none()));
+            for step in 0..20 {
+                chosen(&hook, &logits, 1 + step);
+            }
+            for Sampled { token, logprob } in hook.take().sampled {
+                let expected = f64::from(logits[token as usize]) - normaliser;
+                assert!((f64::from(logprob) - expected).abs() < 1e-5, "at {temperature}: {logprob} for {expected}");
+            }
+        }
     }
 
     #[test]

@@ -26,6 +26,9 @@
 //! 3. *Supervised.* A panic in the engine thread fails the requests it held with
 //!    [`EngineError::Crashed`] and the engine is restarted; the next request works.
 //!
+//! [`VersionedEngine`] serves a policy under training: it loads each new version beside the one that serves, and swaps them
+//! while requests run (`versions` says how).
+//!
 //! mistral.rs and candle types do not appear in this API.
 //!
 //! # Threads
@@ -56,6 +59,7 @@ mod supervisor;
 pub mod testing;
 #[cfg(test)]
 mod tests;
+mod versions;
 
 pub use api::{
     Calibration, ChatMessage, Chunk, Engine, Finish, GenerateRequest, Generated, Load, ModelInfo, Role, Sampling,
@@ -66,6 +70,7 @@ pub use mistral::{MistralConfig, MistralEngine};
 pub use openai::{OpenAiConfig, OpenAiEngine};
 pub use requantize::{QuantKind, Requantized, requantize};
 pub use source::ModelSource;
+pub use versions::{MAX_RETIRED, Order, SampleRequest, SampledRollout, Swap, VersionedConfig, VersionedEngine};
 
 /// Returns the environment variables that limit a process to `threads` computing threads; set them
 /// before the process starts (five nodes on one small machine: one thread each).

@@ -7,22 +7,25 @@
 //!
 //! `run` says what is known about mistral.rs, and `prompt` what a request must be like.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use async_trait::async_trait;
-use mistralrs::{Constraint, Request, core::TokenizationRequest};
+use mistralrs::{Request, core::TokenizationRequest};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     Calibration, ChatMessage, Chunk, Engine, EngineError, Finish, GenerateRequest, Generated, Load, ModelInfo,
-    ModelSource,
+    ModelSource, Sampling,
     admission::Admission,
     calibrate,
-    hook::{Choice, Fault},
+    hook::{Choice, Fault, Logprobs},
     loader::LoadSpec,
     prompt::{Prompt, check_prompt_bytes, check_request, constraint, room_for_answer},
-    run::{Run, count},
+    run::{Ran, Run, count, nobody},
     supervisor::{Live, OpenSpec, Supervisor},
 };
 
@@ -37,6 +40,8 @@ pub struct MistralConfig {
     pub source: ModelSource,
     /// What it is called; by default the file's or directory's name.
     pub name: Option<String>,
+    /// What its fingerprint is, if its files are known by another hash than their own, as a policy's version is.
+    pub fingerprint: Option<[u8; 32]>,
     /// Tokens of prompt and answer together; by default, and at most, what the model was made for.
     /// Each running request holds memory for the tokens it has, so this bounds it.
     pub context: Option<u32>,
@@ -58,6 +63,7 @@ impl MistralConfig {
         Self {
             source,
             name: None,
+            fingerprint: None,
             context: None,
             max_concurrent: 4,
             max_queued: 64,
@@ -94,10 +100,19 @@ impl MistralEngine {
     ///
     /// Says which file is missing, damaged or unsupported, or that memory does not suffice.
     pub async fn open(config: MistralConfig) -> Result<Self, EngineError> {
+        Self::open_sharing(config, &OnceLock::new()).await
+    }
+
+    /// Loads the model into a queue that others may use too; the first one to be loaded makes it.
+    pub(crate) async fn open_sharing(
+        config: MistralConfig,
+        admission: &OnceLock<Admission>,
+    ) -> Result<Self, EngineError> {
         let name = config.name.clone().unwrap_or_else(|| config.source.default_name());
         let load =
             LoadSpec { source: config.source, max_concurrent: config.max_concurrent, force_cpu: config.force_cpu };
-        let spec = OpenSpec { load, name, context: config.context, restart_wait: config.restart_wait };
+        let MistralConfig { fingerprint, context, restart_wait, .. } = config;
+        let spec = OpenSpec { load, name, fingerprint, context, restart_wait };
         let supervisor = Supervisor::open(spec).await?;
         let live = supervisor.live().await?;
         let info = live.info.clone();
@@ -108,7 +123,7 @@ impl MistralEngine {
         );
         Ok(Self {
             supervisor,
-            admission: Admission::new(max_running, config.max_queued),
+            admission: admission.get_or_init(|| Admission::new(max_running, config.max_queued)).clone(),
             fault: Arc::new(Fault::none()),
             info,
         })
@@ -142,25 +157,28 @@ impl MistralEngine {
         let ticket = self.admission.enter()?;
         let live = self.supervisor.live().await?;
         let prompt = self.prompt(&live, messages).await?;
-        let max_tokens = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+        let slot = ticket.slot(&cancel).await?;
+        self.score_tokens(prompt, tokens, slot, &cancel).await
+    }
+
+    /// Scores `tokens` as what follows the tokens of `prompt`, in a slot that the caller has.
+    pub(crate) async fn score_tokens(
+        &self,
+        prompt: Vec<u32>,
+        tokens: &[u32],
+        slot: OwnedSemaphorePermit,
+        cancel: &CancellationToken,
+    ) -> Result<Vec<f32>, EngineError> {
+        let live = self.supervisor.live().await?;
         let room = room_for_answer(&prompt, &live)?;
-        if tokens.is_empty() || max_tokens > room {
+        if tokens.is_empty() || count(tokens.len()) > room {
             return Err(EngineError::ContextExceeded {
-                prompt_tokens: count(prompt.len()).saturating_add(max_tokens),
+                prompt_tokens: count(prompt.len()).saturating_add(count(tokens.len())),
                 context: live.info.context,
             });
         }
-        let slot = ticket.slot(&cancel).await?;
-        let run = Run {
-            prompt,
-            max_tokens,
-            choice: Choice::Forced(tokens.into()),
-            logprobs: true,
-            constraint: Constraint::None,
-            stops: Vec::new(),
-        };
-        let (nobody, _) = mpsc::channel(1);
-        let ran = self.run(&live, run, slot, nobody, &cancel).await?;
+        let run = Run::of_tokens(prompt, count(tokens.len()), Choice::Forced(tokens.into()));
+        let ran = self.run(&live, run, slot, nobody(), cancel).await?;
         if ran.finish == Finish::Cancelled {
             return Err(EngineError::Cancelled);
         }
@@ -170,6 +188,34 @@ impl MistralEngine {
             });
         }
         Ok(ran.sampled.iter().map(|sampled| sampled.logprob).collect())
+    }
+
+    /// Draws tokens that follow those of `prompt`, in a slot that the caller has.
+    pub(crate) async fn sample(
+        &self,
+        prompt: Vec<u32>,
+        max_tokens: u32,
+        sampling: Sampling,
+        slot: OwnedSemaphorePermit,
+        cancel: &CancellationToken,
+    ) -> Result<Ran, EngineError> {
+        let live = self.supervisor.live().await?;
+        let room = room_for_answer(&prompt, &live)?;
+        let run = Run::of_tokens(prompt, max_tokens.min(room), Choice::Draw(sampling));
+        self.run(&live, run, slot, nobody(), cancel).await
+    }
+
+    /// Generates in a slot that the caller has.
+    pub(crate) async fn generate_in(
+        &self,
+        slot: OwnedSemaphorePermit,
+        request: GenerateRequest,
+        tokens: mpsc::Sender<Chunk>,
+        cancel: &CancellationToken,
+    ) -> Result<Generated, EngineError> {
+        check_request(&request)?;
+        let run = self.prepare(request, cancel).await?;
+        self.answer(run, slot, tokens, cancel).await
     }
 
     /// Waits for a slot like any request.
@@ -183,6 +229,44 @@ impl MistralEngine {
 
     pub(crate) async fn live(&self) -> Result<Arc<Live>, EngineError> {
         self.supervisor.live().await
+    }
+
+    /// Puts a request in the model's own terms.
+    async fn prepare(&self, request: GenerateRequest, cancel: &CancellationToken) -> Result<Run, EngineError> {
+        let constraint = constraint(request.json_schema.as_deref())?;
+        let prepare = async {
+            let live = self.supervisor.live().await?;
+            let prompt = self.prompt(&live, &request.messages).await?;
+            let room = room_for_answer(&prompt, &live)?;
+            Ok(Run {
+                prompt,
+                max_tokens: request.max_tokens.min(room),
+                choice: Choice::Draw(request.sampling),
+                logprobs: if request.logprobs { Logprobs::AsDrawn } else { Logprobs::No },
+                constraint,
+                stops: request.stop,
+                text: true,
+            })
+        };
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err(EngineError::Cancelled),
+            prepared = prepare => prepared,
+        }
+    }
+
+    async fn answer(
+        &self,
+        run: Run,
+        slot: OwnedSemaphorePermit,
+        tokens: mpsc::Sender<Chunk>,
+        cancel: &CancellationToken,
+    ) -> Result<Generated, EngineError> {
+        // It may have been restarted while this request waited.
+        let live = self.supervisor.live().await?;
+        let (prompt_tokens, logprobs) = (count(run.prompt.len()), run.logprobs != Logprobs::No);
+        let ran = self.run(&live, run, slot, tokens, cancel).await?;
+        Ok(ran.into_generated(&live, prompt_tokens, logprobs))
     }
 
     async fn prompt(&self, live: &Arc<Live>, messages: &[ChatMessage]) -> Result<Vec<u32>, EngineError> {
@@ -254,33 +338,10 @@ impl Engine for MistralEngine {
         cancel: CancellationToken,
     ) -> Result<Generated, EngineError> {
         check_request(&request)?;
-        let constraint = constraint(request.json_schema.as_deref())?;
         let ticket = self.admission.enter()?;
-        let prepare = async {
-            let live = self.supervisor.live().await?;
-            let prompt = self.prompt(&live, &request.messages).await?;
-            let room = room_for_answer(&prompt, &live)?;
-            Ok::<_, EngineError>((prompt, room))
-        };
-        let (prompt, room) = tokio::select! {
-            biased;
-            () = cancel.cancelled() => return Err(EngineError::Cancelled),
-            prepared = prepare => prepared?,
-        };
+        let run = self.prepare(request, &cancel).await?;
         let slot = ticket.slot(&cancel).await?;
-        // It may have been restarted while this request waited.
-        let live = self.supervisor.live().await?;
-        let prompt_tokens = count(prompt.len());
-        let run = Run {
-            prompt,
-            max_tokens: request.max_tokens.min(room),
-            choice: Choice::Draw(request.sampling),
-            logprobs: request.logprobs,
-            constraint,
-            stops: request.stop,
-        };
-        let ran = self.run(&live, run, slot, tokens, &cancel).await?;
-        Ok(ran.into_generated(&live, prompt_tokens, request.logprobs))
+        self.answer(run, slot, tokens, &cancel).await
     }
 
     async fn calibrate(&self) -> Result<Calibration, EngineError> {

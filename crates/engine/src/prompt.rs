@@ -45,19 +45,28 @@ impl Prompt {
 
 /// Refuses what no engine here serves.
 pub(crate) fn check_request(request: &GenerateRequest) -> Result<(), EngineError> {
-    let Sampling { temperature, top_p, .. } = request.sampling;
+    check_sampling(&request.sampling, request.max_tokens)?;
     let problem = if request.messages.is_empty() || request.messages.len() > MAX_MESSAGES {
         format!("it has {} messages; 1 to {MAX_MESSAGES} are possible", request.messages.len())
-    } else if request.max_tokens == 0 {
+    } else if request.stop.len() > MAX_STOPS {
+        format!("it has {} stop texts; at most {MAX_STOPS} are possible", request.stop.len())
+    } else if request.stop.iter().any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES) {
+        format!("a stop text must have 1 to {MAX_STOP_BYTES} bytes")
+    } else {
+        return Ok(());
+    };
+    Err(EngineError::InvalidRequest { reason: problem })
+}
+
+/// Refuses ways of drawing that mean nothing.
+pub(crate) fn check_sampling(sampling: &Sampling, max_tokens: u32) -> Result<(), EngineError> {
+    let &Sampling { temperature, top_p, .. } = sampling;
+    let problem = if max_tokens == 0 {
         "max_tokens is 0".to_owned()
     } else if !(0.0..=100.0).contains(&temperature) {
         format!("temperature is {temperature}; 0 to 100 are possible")
     } else if !(0.0..=1.0).contains(&top_p) {
         format!("top_p is {top_p}; 0 to 1 are possible")
-    } else if request.stop.len() > MAX_STOPS {
-        format!("it has {} stop texts; at most {MAX_STOPS} are possible", request.stop.len())
-    } else if request.stop.iter().any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES) {
-        format!("a stop text must have 1 to {MAX_STOP_BYTES} bytes")
     } else {
         return Ok(());
     };

@@ -18,6 +18,8 @@
 //! - A request that ends with its very first token is nevertheless run for a second one.
 //! - A model has no limit of its own on prompt and answer together, only on each; so the answer is
 //!   limited here to what the context leaves.
+//! - A request that does not stream is answered once, at its end, and its text begins without white space. Nothing of it
+//!   is decoded before. So a request for tokens alone, whose text nobody reads, does not stream.
 //! - Asking for a chat template that the model lacks panics; so a plain form is used then.
 
 use std::{
@@ -31,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Chunk, EngineError, Finish, Generated, MistralEngine,
-    hook::{Choice, SampleHook, Sampled},
+    hook::{Choice, Logprobs, SampleHook, Sampled},
     loader::is_out_of_memory,
     prompt::Prompt,
     stream::Answer,
@@ -40,27 +42,24 @@ use crate::{
 
 /// End tokens as the grammar engine knows them (toktrie_hf_tokenizers 1.9, `from_tokenizer`).
 const GRAMMAR_ENDS: [&str; 5] = ["<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<｜end▁of▁sentence｜>"];
-/// How often, and how long, it is checked whether mistral.rs let go of a request.
-const LET_GO_POLL: Duration = Duration::from_millis(1);
-const LET_GO_LIMIT: Duration = Duration::from_secs(60);
 
 impl MistralEngine {
     /// Runs one admitted request to its end.
     pub(crate) async fn run(
         &self,
         live: &Arc<Live>,
-        run: Run,
+        mut run: Run,
         slot: OwnedSemaphorePermit,
         reader: mpsc::Sender<Chunk>,
         cancel: &CancellationToken,
     ) -> Result<Ran, EngineError> {
         let max_tokens = run.max_tokens as usize;
-        let hook = SampleHook::new(run.choice, run.logprobs, live.end_token, Arc::clone(self.fault()));
-        let hook = Arc::new(hook);
-        let held = Held { hook: Arc::clone(&hook), slot: Some(slot) };
+        let hook = SampleHook::new(run.choice.clone(), run.logprobs, live.end_token, Arc::clone(self.fault()));
+        let hook = Arc::new(hook.holding(slot));
+        let held = Held(Arc::clone(&hook));
         // Room for the whole answer: mistral.rs waits for a full channel, with all its requests.
-        let (response, responses) = mpsc::channel(max_tokens + 2);
-        let request = normal_request(run.prompt, run.constraint, max_tokens, &run.stops, response, &hook);
+        let (response, responses) = mpsc::channel(if run.text { max_tokens + 2 } else { 2 });
+        let request = normal_request(&mut run, response, &hook);
         let started = Instant::now();
         if live.loaded.requests.send(Request::Normal(Box::new(request))).await.is_err() {
             return Err(self.crashed(live, "it was dead when a request came"));
@@ -69,15 +68,16 @@ impl MistralEngine {
         // What was begun beyond the answer's last token does not count.
         let made = || count(hook.sampled().min(max_tokens));
         let end = follow(responses, &mut answer, &made, cancel).await;
-        let finish = match end {
-            End::Finished(finish) => finish,
+        let (finish, exactly) = match end {
+            End::Finished(finish) => (finish, None),
+            End::Done(finish, tokens) => (finish, Some(tokens)),
             End::Failed(error) => return Err(error),
-            End::Closed => self.silent_end(live, &hook, max_tokens, &mut answer).await?,
+            End::Closed => (self.silent_end(live, &hook, max_tokens, &mut answer).await?, None),
         };
         let mut outcome = hook.take();
         // A request that ends with its first token is run for one more, which may be recorded by now.
         let first_was_last = finish == Finish::Stop && answer.pieces() == 1;
-        outcome.sampled.truncate(if first_was_last { 1 } else { max_tokens });
+        outcome.sampled.truncate(exactly.unwrap_or(if first_was_last { 1 } else { max_tokens }));
         // The slot must not wait for the reader.
         drop((hook, held));
         answer.finish(cancel).await;
@@ -121,9 +121,31 @@ pub(crate) struct Run {
     pub(crate) prompt: Vec<u32>,
     pub(crate) max_tokens: u32,
     pub(crate) choice: Choice,
-    pub(crate) logprobs: bool,
+    pub(crate) logprobs: Logprobs,
     pub(crate) constraint: Constraint,
     pub(crate) stops: Vec<String>,
+    /// Whether anybody reads the text. If not, only the model's own end tokens end the answer.
+    pub(crate) text: bool,
+}
+
+impl Run {
+    /// A request in token ids, answered in token ids, with the model's own log-probabilities.
+    pub(crate) fn of_tokens(prompt: Vec<u32>, max_tokens: u32, choice: Choice) -> Self {
+        Self {
+            prompt,
+            max_tokens,
+            choice,
+            logprobs: Logprobs::Plain,
+            constraint: Constraint::None,
+            stops: Vec::new(),
+            text: false,
+        }
+    }
+}
+
+/// Reads no text.
+pub(crate) fn nobody() -> mpsc::Sender<Chunk> {
+    mpsc::channel(1).0
 }
 
 /// A request that ran.
@@ -162,34 +184,21 @@ impl Ran {
     }
 }
 
-/// A request in mistral.rs's hands, with its slot. Dropping it ends the generation, and the slot is
-/// free when mistral.rs has let go of the request: it holds the hook as long as it may run it.
-struct Held {
-    hook: Arc<SampleHook>,
-    slot: Option<OwnedSemaphorePermit>,
-}
+/// A request in mistral.rs's hands. Dropping it ends the generation at the next token. The slot is free when mistral.rs
+/// has dropped the hook too.
+struct Held(Arc<SampleHook>);
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.hook.cancel();
-        let hook = Arc::downgrade(&self.hook);
-        let Some(slot) = self.slot.take() else { return };
-        // Without a runtime the whole engine is going away.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
-                let since = Instant::now();
-                while hook.strong_count() > 0 && since.elapsed() < LET_GO_LIMIT {
-                    tokio::time::sleep(LET_GO_POLL).await;
-                }
-                drop(slot);
-            });
-        }
+        self.0.cancel();
     }
 }
 
 /// How the responses ended.
 enum End {
     Finished(Finish),
+    /// All at once, with so many tokens.
+    Done(Finish, usize),
     Failed(EngineError),
     Closed,
 }
@@ -214,18 +223,28 @@ async fn follow(
             Response::CompletionChunk(chunk) => {
                 let Some(choice) = chunk.choices.into_iter().next() else { continue };
                 answer.push(&choice.text, made());
-                match choice.finish_reason.as_deref() {
-                    None => {}
-                    Some("length") => return End::Finished(Finish::Length),
-                    Some("canceled") => return End::Finished(Finish::Cancelled),
-                    Some(_) => return End::Finished(Finish::Stop),
+                if let Some(reason) = choice.finish_reason.as_deref() {
+                    return End::Finished(finish(reason));
                 }
+            }
+            Response::CompletionDone(done) => {
+                let reason = done.choices.first().map_or("stop", |choice| choice.finish_reason.as_str());
+                return End::Done(finish(reason), done.usage.completion_tokens);
             }
             Response::ValidationError(error) => return End::Failed(refused(&error.to_string())),
             Response::CompletionModelError(detail, _) => return End::Failed(failed(detail)),
             Response::InternalError(error) => return End::Failed(failed(error.to_string())),
             _ => return End::Failed(failed("an answer of the wrong kind".to_owned())),
         }
+    }
+}
+
+/// Reads mistral.rs's word for why an answer ended.
+fn finish(reason: &str) -> Finish {
+    match reason {
+        "length" => Finish::Length,
+        "canceled" => Finish::Cancelled,
+        _ => Finish::Stop,
     }
 }
 
@@ -243,30 +262,24 @@ fn failed(detail: String) -> EngineError {
     EngineError::Inference { detail }
 }
 
-fn normal_request(
-    prompt: Vec<u32>,
-    constraint: Constraint,
-    max_tokens: usize,
-    stops: &[String],
-    response: mpsc::Sender<Response>,
-    hook: &Arc<SampleHook>,
-) -> NormalRequest {
-    let messages = RequestMessage::CompletionTokens(prompt);
-    let params = sampling_params(max_tokens, stops);
+fn normal_request(run: &mut Run, response: mpsc::Sender<Response>, hook: &Arc<SampleHook>) -> NormalRequest {
+    let messages = RequestMessage::CompletionTokens(std::mem::take(&mut run.prompt));
+    let params = sampling_params(run);
     NormalRequest {
-        is_streaming: true,
-        constraint,
+        is_streaming: run.text,
+        constraint: std::mem::replace(&mut run.constraint, Constraint::None),
         logits_processors: Some(vec![hook.clone()]),
         ..NormalRequest::new_simple(messages, params, response, 0, None, None)
     }
 }
 
 /// Greedy, so that the hook's choice is what comes out; mistral.rs takes no temperature for 1.
-fn sampling_params(max_tokens: usize, stops: &[String]) -> SamplingParams {
+fn sampling_params(run: &Run) -> SamplingParams {
+    let stops = || run.stops.iter().cloned().chain(GRAMMAR_ENDS.map(str::to_owned)).collect();
     SamplingParams {
         temperature: Some(0.0),
-        max_len: Some(max_tokens),
-        stop_toks: Some(StopTokens::Seqs(stops.iter().cloned().chain(GRAMMAR_ENDS.map(str::to_owned)).collect())),
+        max_len: Some(run.max_tokens as usize),
+        stop_toks: run.text.then(|| StopTokens::Seqs(stops())),
         ..SamplingParams::neutral()
     }
 }

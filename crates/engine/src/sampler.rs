@@ -61,6 +61,14 @@ pub(crate) fn argmax(logits: &[f32]) -> Option<usize> {
     if max == f32::NEG_INFINITY { None } else { logits.iter().rposition(|&logit| logit == max) }
 }
 
+/// Returns the natural logarithm of the sum of `exp(logit / temperature)`, where `max` is the largest logit: what
+/// [`Weights::log_normaliser`] gives, without the weights.
+pub(crate) fn log_normaliser(logits: &[f32], max: f32, temperature: f32) -> f64 {
+    let scale = temperature.recip();
+    let sum = logits.iter().map(|&logit| f64::from(exp_nonpositive((logit - max) * scale))).sum::<f64>();
+    f64::from(max) * f64::from(scale) + sum.ln()
+}
+
 /// Unnormalised probabilities of every token.
 #[derive(Debug)]
 pub(crate) struct Weights<'a> {

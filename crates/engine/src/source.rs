@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::Read,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -144,10 +145,12 @@ fn inspect_directory(path: &Path) -> Result<Inspection, EngineError> {
         return Err(missing("*.safetensors file"));
     }
     let mut bytes = 0;
-    let mut by_type = BTreeMap::new();
+    let mut by_type: BTreeMap<String, u64> = BTreeMap::new();
     for file in &weights {
         bytes += file_len(file)?;
-        check_safetensors(file, &mut by_type)?;
+        for tensor in safetensors_header(file)? {
+            *by_type.entry(tensor.kind).or_default() += tensor.bytes.end - tensor.bytes.start;
+        }
     }
     let end_token = [generation.as_ref(), Some(&config)]
         .into_iter()
@@ -173,7 +176,7 @@ fn inspect_directory(path: &Path) -> Result<Inspection, EngineError> {
     })
 }
 
-fn safetensors_in(path: &Path) -> Result<Vec<PathBuf>, EngineError> {
+pub(crate) fn safetensors_in(path: &Path) -> Result<Vec<PathBuf>, EngineError> {
     let entries = std::fs::read_dir(path).map_err(|error| EngineError::io(path, &error))?;
     let mut weights: Vec<PathBuf> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -184,7 +187,7 @@ fn safetensors_in(path: &Path) -> Result<Vec<PathBuf>, EngineError> {
 }
 
 /// Returns the JSON in a file, `None` if there is no such file.
-fn read_json(path: &Path) -> Result<Option<Value>, EngineError> {
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, EngineError> {
     if !path.is_file() {
         return Ok(None);
     }
@@ -196,9 +199,19 @@ fn read_json(path: &Path) -> Result<Option<Value>, EngineError> {
     serde_json::from_slice(&bytes).map(Some).map_err(|error| corrupt(format!("it is not JSON: {error}")))
 }
 
-/// Checks a safetensors header (<https://github.com/huggingface/safetensors>) against the file's
-/// length and adds up the bytes of each type.
-fn check_safetensors(path: &Path, by_type: &mut BTreeMap<String, u64>) -> Result<(), EngineError> {
+/// One tensor of a safetensors file.
+#[derive(Debug)]
+pub(crate) struct TensorAt {
+    pub(crate) name: String,
+    pub(crate) kind: String,
+    pub(crate) shape: Vec<u64>,
+    /// Where its bytes lie in the file.
+    pub(crate) bytes: Range<u64>,
+}
+
+/// Reads a safetensors header (<https://github.com/huggingface/safetensors>), checks it against the file's length, and
+/// returns the tensors in the order of their bytes.
+pub(crate) fn safetensors_header(path: &Path) -> Result<Vec<TensorAt>, EngineError> {
     let corrupt = |reason: String| EngineError::ModelCorrupt { path: path.to_owned(), reason };
     let io = |error: std::io::Error| corrupt(format!("it cannot be read: {error}"));
     let len = file_len(path)?;
@@ -216,22 +229,23 @@ fn check_safetensors(path: &Path, by_type: &mut BTreeMap<String, u64>) -> Result
     file.read_exact(&mut header).map_err(io)?;
     let header: BTreeMap<String, Value> =
         serde_json::from_slice(&header).map_err(|error| corrupt(format!("its header: {error}")))?;
-    for (name, tensor) in header.iter().filter(|(name, _)| *name != "__metadata__") {
+    let data = 8 + header_len;
+    let mut tensors = Vec::with_capacity(header.len());
+    for (name, tensor) in header.into_iter().filter(|(name, _)| name != "__metadata__") {
         let offset = |at: usize| tensor.get("data_offsets")?.get(at)?.as_u64();
         let (Some(begin), Some(end)) = (offset(0), offset(1)) else {
             return Err(corrupt(format!("tensor {name:?} has no offsets")));
         };
-        if begin > end || end > len - 8 - header_len {
-            return Err(corrupt(format!(
-                "it is cut short: tensor {name:?} ends at byte {end} of {}",
-                len - 8 - header_len
-            )));
+        if begin > end || end > len - data {
+            return Err(corrupt(format!("it is cut short: tensor {name:?} ends at byte {end} of {}", len - data)));
         }
-        if let Some(kind) = tensor.get("dtype").and_then(Value::as_str) {
-            *by_type.entry(kind.to_owned()).or_default() += end - begin;
-        }
+        let kind = tensor.get("dtype").and_then(Value::as_str).unwrap_or("unknown").to_owned();
+        let shape = tensor.get("shape").and_then(Value::as_array);
+        let shape = shape.map(|shape| shape.iter().filter_map(Value::as_u64).collect()).unwrap_or_default();
+        tensors.push(TensorAt { name, kind, shape, bytes: data + begin..data + end });
     }
-    Ok(())
+    tensors.sort_by_key(|tensor| tensor.bytes.start);
+    Ok(tensors)
 }
 
 fn file_len(path: &Path) -> Result<u64, EngineError> {

@@ -47,6 +47,8 @@ const PROBE_TEXT: &str = "hello";
 pub(crate) struct Live {
     pub(crate) loaded: Loaded,
     pub(crate) info: ModelInfo,
+    /// Of the weights' files.
+    hash: [u8; 32],
     pub(crate) end_token: Option<u32>,
     pub(crate) has_chat_template: bool,
 }
@@ -63,21 +65,32 @@ impl Live {
             inspect(source.clone()).await?;
             tokio::try_join!(loader::load(&spec.load), inspect_and_hash(source))?
         };
-        let (inspection, fingerprint) = inspected;
+        let (inspection, hash) = inspected;
         let context = match spec.context {
             Some(context) => context.min(loaded.context),
             None => loaded.context,
         };
         let info = ModelInfo {
             name: spec.name.clone(),
-            fingerprint,
+            fingerprint: spec.fingerprint.unwrap_or(hash),
             context,
             quantisation: inspection.quantisation,
             architecture: inspection.architecture,
             bytes: inspection.bytes,
         };
         let Inspection { end_token, has_chat_template, .. } = inspection;
-        Ok(Self { loaded, info, end_token, has_chat_template })
+        Ok(Self { loaded, info, hash, end_token, has_chat_template })
+    }
+
+    /// Loads the model again; it must be the same one, because what is known of it was told to others.
+    async fn reopen(spec: &OpenSpec, hash: [u8; 32]) -> Result<Self, EngineError> {
+        let live = Self::open(spec).await?;
+        if live.hash != hash {
+            let reason = "its files are not those that were loaded before".to_owned();
+            return Err(EngineError::ModelCorrupt { path: spec.load.source.path(), reason });
+        }
+        live.probe().await?;
+        Ok(live)
     }
 
     /// Tells whether the engine thread is gone.
@@ -108,6 +121,7 @@ impl Live {
         Ok(Self {
             loaded,
             info: self.info.clone(),
+            hash: self.hash,
             end_token: self.end_token,
             has_chat_template: self.has_chat_template,
         })
@@ -151,7 +165,7 @@ async fn inspect_and_hash(source: ModelSource) -> Result<(Inspection, [u8; 32]),
     .await
 }
 
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, EngineError> + Send + 'static,
 ) -> Result<T, EngineError> {
     tokio::task::spawn_blocking(work)
@@ -164,6 +178,8 @@ async fn blocking<T: Send + 'static>(
 pub(crate) struct OpenSpec {
     pub(crate) load: LoadSpec,
     pub(crate) name: String,
+    /// What the model is known by, if not by the hash of its weights.
+    pub(crate) fingerprint: Option<[u8; 32]>,
     pub(crate) context: Option<u32>,
     /// How long a request waits for a restarting engine.
     pub(crate) restart_wait: Duration,
@@ -257,15 +273,12 @@ impl Supervisor {
                 Err(error) => tracing::warn!(%error, "no new engine thread"),
             }
         }
+        let hash = failed.hash;
         // Free the weights before they are loaded again.
         drop(failed);
         loop {
             tokio::time::sleep(back_off(crashes)).await;
-            let opened = match Live::open(&self.spec).await {
-                Ok(live) => live.probe().await.map(|()| live),
-                Err(error) => Err(error),
-            };
-            match opened {
+            match Live::reopen(&self.spec, hash).await {
                 Ok(live) => return self.ready(live, started),
                 Err(error) => {
                     tracing::error!(%error, "the engine did not come back");

@@ -169,6 +169,32 @@ async fn an_engine_that_cannot_come_back_says_why_and_comes_back_when_it_can() {
     }
 }
 
+/// What the model is was told to others by its fingerprint; under that name nothing else may answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn other_weights_in_the_same_place_are_not_taken_for_the_model() {
+    let tiny = Tiny::open_with(|config| config.restart_wait = Duration::from_millis(300)).await;
+    testing::panic_after(&tiny.engine, 0);
+    tiny.generate(ask("x", 3)).await.unwrap_err();
+    let before = tiny.generate(ask("x", 3)).await.unwrap();
+    // The second crash is cured by loading the files again.
+    testing::write_tiny_model(tiny.dir.path(), SEED + 1).unwrap();
+    testing::panic_after(&tiny.engine, 0);
+    tiny.generate(ask("x", 3)).await.unwrap_err();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let error = tiny.generate(ask("x", 3)).await.unwrap_err();
+    let EngineError::Crashed { detail } = &error else { panic!("{error}") };
+    assert!(detail.contains("not those that were loaded before"), "{detail}");
+    testing::write_tiny_model(tiny.dir.path(), SEED).unwrap();
+    let started = Instant::now();
+    let after = loop {
+        match tiny.generate(ask("x", 3)).await {
+            Ok(answer) => break answer,
+            Err(_) => assert!(started.elapsed() < Duration::from_secs(10)),
+        }
+    };
+    assert_eq!(after.token_ids, before.token_ids);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_paths_and_damaged_models_are_typed_errors() {
     let dir = tempfile::tempdir().unwrap();
