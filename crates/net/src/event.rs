@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use chorus_protocol::NodeId;
+use chorus_protocol::{Hash, NodeId};
 
 use crate::addr::Addr;
 use crate::error::{BanReason, PublishError, SendError};
@@ -173,6 +173,14 @@ pub enum NetEvent {
         node: NodeId,
         /// Where the other one was met.
         addr: Option<Addr>,
+    },
+    /// Who provides what a key names, as the DHT says: no more than a hint. More may come in further events; no nodes at all means
+    /// that nobody was found.
+    Providers {
+        /// As given to [`NetHandle::find_providers`](crate::NetHandle::find_providers).
+        key: Hash,
+        /// The nodes, this one not among them.
+        nodes: Vec<NodeId>,
     },
     /// Messages were refused because the node's loop is behind.
     Shed {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use chorus_protocol::limits::{MAX_DIRECT_BYTES, MAX_GOSSIP_BYTES};
-use chorus_protocol::{NetworkId, NodeId};
+use chorus_protocol::{Hash, NetworkId, NodeId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use crate::addr::Addr;
@@ -20,6 +20,10 @@ pub(crate) enum Command {
     Publish { topic: Topic, bytes: Vec<u8> },
     Validated { token: GossipToken, verdict: Verdict },
     Send { to: NodeId, outgoing: Outgoing },
+    Reach { node: NodeId, reply: oneshot::Sender<Vec<Addr>> },
+    Provide(Hash),
+    Unprovide(Hash),
+    FindProviders(Hash),
     Dial(Addr),
     Disconnect { node: NodeId, reason: &'static str },
     Ban { node: NodeId, ban: Duration },
@@ -45,6 +49,16 @@ pub(crate) struct Doors {
     pub(crate) listening: Vec<Addr>,
 }
 
+/// The handle of libp2p's streams, which does not describe itself.
+#[derive(Clone)]
+struct Streams(libp2p_stream::Control);
+
+impl std::fmt::Debug for Streams {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Streams")
+    }
+}
+
 /// A running network. Clones share it; when the last one is dropped, it stops.
 #[derive(Clone, Debug)]
 pub struct NetHandle {
@@ -54,6 +68,7 @@ pub struct NetHandle {
     network: NetworkId,
     node: NodeId,
     arrived: Arc<AtomicU64>,
+    streams: Streams,
 }
 
 impl NetHandle {
@@ -61,11 +76,12 @@ impl NetHandle {
         commands: mpsc::Sender<Command>,
         send_bytes: u32,
         doors: watch::Receiver<Doors>,
-        network: NetworkId,
-        node: NodeId,
+        (network, node): (NetworkId, NodeId),
         arrived: Arc<AtomicU64>,
+        streams: libp2p_stream::Control,
     ) -> Self {
-        Self { commands, bytes: Arc::new(Semaphore::new(send_bytes as usize)), doors, network, node, arrived }
+        let bytes = Arc::new(Semaphore::new(send_bytes as usize));
+        Self { commands, bytes, doors, network, node, arrived, streams: Streams(streams) }
     }
 
     fn push(&self, command: Command) -> Result<(), NetError> {
@@ -119,6 +135,47 @@ impl NetHandle {
             u32::try_from(len).ok().filter(|_| len <= MAX_DIRECT_BYTES).ok_or(NetError::DirectTooLarge { len })?;
         let permit = Arc::clone(&self.bytes).try_acquire_many_owned(size).map_err(|_| NetError::Overloaded)?;
         self.push(Command::Send { to, outgoing: Outgoing { token, bytes, permit } })
+    }
+
+    /// Tells the DHT that this node provides what the key names, now and every ten minutes, until [`unprovide`](Self::unprovide).
+    ///
+    /// # Errors
+    /// [`NetError::Overloaded`], [`NetError::Stopped`].
+    pub fn provide(&self, key: Hash) -> Result<(), NetError> {
+        self.push(Command::Provide(key))
+    }
+
+    /// Tells the DHT no more that this node provides what the key names. Others forget it within half an hour.
+    ///
+    /// # Errors
+    /// [`NetError::Overloaded`], [`NetError::Stopped`].
+    pub fn unprovide(&self, key: Hash) -> Result<(), NetError> {
+        self.push(Command::Unprovide(key))
+    }
+
+    /// Asks the DHT who provides what the key names. One or more [`NetEvent::Providers`](crate::NetEvent) follow.
+    ///
+    /// # Errors
+    /// [`NetError::Overloaded`], [`NetError::Stopped`].
+    pub fn find_providers(&self, key: Hash) -> Result<(), NetError> {
+        self.push(Command::FindProviders(key))
+    }
+
+    /// Sees to a connection to a node, and returns where its direct connections end; `None` when there is no way to it.
+    pub(crate) async fn reach(&self, node: NodeId) -> Option<Vec<Addr>> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Reach { node, reply }).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Returns the network's name.
+    pub(crate) const fn network(&self) -> &NetworkId {
+        &self.network
+    }
+
+    /// Returns what opens and accepts streams on the node's connections.
+    pub(crate) fn streams(&self) -> libp2p_stream::Control {
+        self.streams.0.clone()
     }
 
     /// Connects to an address, with or without a node's id in it.

@@ -17,12 +17,16 @@
 //!    sockets; long before that, gossip and direct messages are refused, with an acknowledgement that says why.
 //! 6. Each peer has rates for messages and bytes. Over them its messages are refused; if that goes on, it is banned for a while.
 //!
-//! Specifications: libp2p `gossipsub` 1.1 and 1.2, `kad-dht`, `identify`, `ping`, `autonat` 1, `relay` (circuit v2), `dcutr`;
+//! What is too large for that goes over the [bulk plane](BulkPlane): one QUIC connection, or one stream on the connection that is
+//! there anyway, for each session between two nodes.
+//!
+//! Specifications: RFC 9000 (QUIC), RFC 7250 (raw public keys); libp2p `gossipsub` 1.1 and 1.2, `kad-dht`, `identify`, `ping`, `autonat` 1, `relay` (circuit v2), `dcutr`;
 //! RFC 6762 (mDNS).
 
 mod actor;
 mod addr;
 mod behaviour;
+mod bulk;
 mod config;
 mod error;
 mod event;
@@ -34,6 +38,7 @@ mod start;
 mod ticket;
 
 pub use addr::{Addr, AddrError, MAX_ADDR_CHARS};
+pub use bulk::{BulkConfig, BulkError, BulkEvent, BulkHandle, BulkPlane, CloseReason, SessionId, Way};
 pub use config::{ConnLimits, DEFAULT_PORT, MAX_CONFIG_ADDRS, NetConfig, RateLimits, RelayLimits};
 pub use error::{BanReason, ConfigError, NetError, PublishError, SendError};
 pub use event::{GossipToken, NetEvent, PeerInfo, Reachability, Topic, Verdict};

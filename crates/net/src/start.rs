@@ -48,7 +48,8 @@ impl Net {
         let names = Names::new(&cfg.network);
         let arrived = Counted::default();
         let swarm = swarm(&cfg, &names, keypair_of(key), &arrived)?;
-        let handle = NetHandle::new(command_tx, cfg.send_bytes, door_rx, cfg.network.clone(), key.node_id(), arrived.0);
+        let (who, streams) = ((cfg.network.clone(), key.node_id()), swarm.behaviour().streams.new_control());
+        let handle = NetHandle::new(command_tx, cfg.send_bytes, door_rx, who, arrived.0, streams);
         let (listen, external) = (cfg.listen.clone(), cfg.external.clone());
         let mut actor = Actor::new(cfg, names, key.node_id(), swarm, (command_rx, event_tx), door_tx);
         for addr in &external {

@@ -8,7 +8,8 @@ use libp2p::swarm::DialError;
 use libp2p::{PeerId, kad};
 
 use super::Actor;
-use super::outbox::Way;
+use super::outbox::{Caller, Way};
+use super::peers::Peer;
 use crate::addr::Addr;
 use crate::behaviour::direct::{Ack, Batch, Frame};
 use crate::error::{BanReason, SendError};
@@ -31,6 +32,20 @@ impl Actor {
         if self.outbox.push(peer, outgoing, now).is_err() {
             self.emit(NetEvent::SendFailed { token, to, error: SendError::Overloaded });
         }
+        self.see_to(peer);
+    }
+
+    /// Sees to a connection for somebody who wants to know where it ends. Without one, the caller is dropped.
+    pub(super) fn reach(&mut self, node: &NodeId, caller: Caller) {
+        let (peer, now) = (peer_of(node), Instant::now());
+        if *node != self.me && !self.swarm.behaviour().gate.is_banned(&peer, now) {
+            self.outbox.call(peer, caller, now);
+            self.see_to(peer);
+        }
+    }
+
+    /// Uses the connection for what waits for it, or makes one.
+    fn see_to(&mut self, peer: PeerId) {
         if self.swarm.is_connected(&peer) {
             self.pump(peer);
         } else if self.outbox.way(&peer) == Some(Way::Idle) {
@@ -38,8 +53,12 @@ impl Actor {
         }
     }
 
-    /// Lets leave what may leave.
+    /// Lets leave what may leave, and tells callers that there is a connection.
     pub(super) fn pump(&mut self, peer: PeerId) {
+        for caller in self.outbox.take_callers(&peer) {
+            // Whoever asked may have stopped waiting.
+            let _ = caller.send(self.peers.get(&peer).map(Peer::direct_addrs).unwrap_or_default());
+        }
         while let Some((batch, sent)) = self.outbox.next_batch(&peer) {
             let id = self.swarm.behaviour_mut().direct.send_request(&peer, Frame::Batch(batch));
             self.outbox.on_sent(id, peer, sent);
@@ -140,11 +159,7 @@ impl Actor {
                 Some(error) => NetEvent::SendFailed { token, to, error },
             });
         }
-        if self.swarm.is_connected(&peer) {
-            self.pump(peer);
-        } else if self.outbox.way(&peer) == Some(Way::Idle) {
-            self.connect_for(peer, Way::Dialling);
-        }
+        self.see_to(peer);
     }
 
     fn on_malformed(&mut self, peer: PeerId, what: &str) {

@@ -8,6 +8,7 @@
 //! | `gossip.rs` | topics and verdicts |
 //! | `doors.rs` | listen addresses, reachability, relays |
 //! | `seek.rs` | finding peers, and finding them again |
+//! | `provide.rs` | who provides what |
 //! | `twins.rs` | another process with the same key |
 
 mod direct;
@@ -15,6 +16,7 @@ mod doors;
 mod gossip;
 mod outbox;
 mod peers;
+mod provide;
 mod seek;
 mod twins;
 
@@ -30,6 +32,7 @@ use tokio::sync::{mpsc, watch};
 use self::doors::DoorKeeper;
 use self::outbox::Outbox;
 use self::peers::Peer;
+use self::provide::Providing;
 use self::seek::Seeker;
 use self::twins::Twins;
 use crate::addr::Addr;
@@ -70,6 +73,7 @@ pub(crate) struct Actor {
     outbox: Outbox,
     /// Walks through the DHT that look for one peer.
     lookups: HashMap<kad::QueryId, PeerId>,
+    providing: Providing,
     /// Dials that the node asked for. Bounded by the limit on pending connections.
     asked: BTreeMap<ConnectionId, Addr>,
     /// Peers that were asked to connect anew because their gossip topics never came, and when.
@@ -103,6 +107,7 @@ impl Actor {
             meters: BTreeMap::new(),
             outbox: Outbox::default(),
             lookups: HashMap::new(),
+            providing: Providing::default(),
             asked: BTreeMap::new(),
             resets: BTreeMap::new(),
             seeker: Seeker::new(me, now),
@@ -209,6 +214,10 @@ impl Actor {
             Command::Publish { topic, bytes } => self.publish(topic, bytes),
             Command::Validated { token, verdict } => self.on_verdict(token, verdict),
             Command::Send { to, outgoing } => self.send(to, outgoing),
+            Command::Reach { node, reply } => self.reach(&node, reply),
+            Command::Provide(key) => self.provide(key),
+            Command::Unprovide(key) => self.unprovide(key),
+            Command::FindProviders(key) => self.find_providers(key),
             Command::Dial(addr) => self.dial_for_node(addr),
             Command::Disconnect { node, reason } => self.disconnect(node, reason),
             Command::Ban { node, ban } => self.ban_for_node(node, ban),
@@ -266,6 +275,7 @@ impl Actor {
             BehaviourEvent::RelayClient(event) => tracing::debug!(?event, "relay client"),
             BehaviourEvent::RelayServer(event) => tracing::debug!(?event, "relay"),
             BehaviourEvent::Dcutr(event) => self.on_punched(&event),
+            BehaviourEvent::Streams(()) => {}
             BehaviourEvent::Gate(never) | BehaviourEvent::Limits(never) | BehaviourEvent::Book(never) => match never {},
         }
     }
@@ -290,6 +300,7 @@ impl Actor {
         self.swarm.behaviour_mut().gate.sweep(now);
         drop(self.remember_peers());
         self.forget_resets(now);
+        self.forget_providers(now);
         let peers = &self.peers;
         self.meters.retain(|peer, meter| peers.contains_key(peer) || !meter.is_idle(now));
         if self.meters.len() > MAX_METERS {

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use libp2p::PeerId;
 use libp2p::request_response::OutboundRequestId;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
+use crate::addr::Addr;
 use crate::behaviour::direct::{Batch, MAX_BATCH_BYTES, MAX_BATCH_MESSAGES};
 use crate::handle::Outgoing;
 
@@ -17,7 +18,9 @@ use crate::handle::Outgoing;
 pub(crate) const WINDOW: usize = 8;
 /// Messages that wait for one peer.
 pub(crate) const MAX_LINE: usize = 8192;
-/// A message waits so long for a connection to its peer.
+/// Callers that wait for a connection to one peer.
+const MAX_CALLERS: usize = 64;
+/// A message or a caller waits so long for a connection to its peer.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What is done about a missing connection.
@@ -33,12 +36,27 @@ pub(crate) enum Way {
     LastTry,
 }
 
+/// Who waits for a connection, and is told the addresses at its other end.
+pub(crate) type Caller = oneshot::Sender<Vec<Addr>>;
+
 #[derive(Debug)]
 struct Line {
     queue: VecDeque<Outgoing>,
+    callers: Vec<Caller>,
     under_way: usize,
     way: Way,
     waiting_since: Instant,
+}
+
+impl Line {
+    const fn new(now: Instant) -> Self {
+        Self { queue: VecDeque::new(), callers: Vec::new(), under_way: 0, way: Way::Idle, waiting_since: now }
+    }
+
+    /// Whether anything waits for a connection.
+    fn waits(&self) -> bool {
+        !self.queue.is_empty() || !self.callers.is_empty()
+    }
 }
 
 /// A message under way, and its share of the bytes that may be.
@@ -54,16 +72,36 @@ pub(crate) struct Outbox {
 impl Outbox {
     /// Adds a message; it comes back when the peer's line is full.
     pub(crate) fn push(&mut self, peer: PeerId, outgoing: Outgoing, now: Instant) -> Result<(), Outgoing> {
-        let fresh = || Line { queue: VecDeque::new(), under_way: 0, way: Way::Idle, waiting_since: now };
-        let line = self.lines.entry(peer).or_insert_with(fresh);
+        let line = self.lines.entry(peer).or_insert_with(|| Line::new(now));
         if line.queue.len() >= MAX_LINE {
             return Err(outgoing);
         }
-        if line.queue.is_empty() {
+        if !line.waits() {
             line.waiting_since = now;
         }
         line.queue.push_back(outgoing);
         Ok(())
+    }
+
+    /// Lets a caller wait for a connection; one that is too many is dropped, which tells it that there is none.
+    pub(crate) fn call(&mut self, peer: PeerId, caller: Caller, now: Instant) {
+        let line = self.lines.entry(peer).or_insert_with(|| Line::new(now));
+        if !line.waits() {
+            line.waiting_since = now;
+        }
+        if line.callers.len() < MAX_CALLERS {
+            line.callers.push(caller);
+        }
+    }
+
+    /// Returns the callers of a peer that is connected now.
+    pub(crate) fn take_callers(&mut self, peer: &PeerId) -> Vec<Caller> {
+        let Some(line) = self.lines.get_mut(peer) else { return Vec::new() };
+        let callers = std::mem::take(&mut line.callers);
+        if line.under_way == 0 && line.queue.is_empty() {
+            self.lines.remove(peer);
+        }
+        callers
     }
 
     /// Takes the next batch for a connected peer, if one may leave now.
@@ -97,16 +135,16 @@ impl Outbox {
         let (peer, sent) = self.under_way.remove(&id)?;
         if let Some(line) = self.lines.get_mut(&peer) {
             line.under_way = line.under_way.saturating_sub(1);
-            if line.under_way == 0 && line.queue.is_empty() {
+            if line.under_way == 0 && !line.waits() {
                 self.lines.remove(&peer);
             }
         }
         Some((peer, sent))
     }
 
-    /// Returns what is being done to connect to a peer for which messages wait.
+    /// Returns what is being done to connect to a peer for which messages or callers wait.
     pub(crate) fn way(&self, peer: &PeerId) -> Option<Way> {
-        self.lines.get(peer).filter(|line| !line.queue.is_empty()).map(|line| line.way)
+        self.lines.get(peer).filter(|line| line.waits()).map(|line| line.way)
     }
 
     pub(crate) fn set_way(&mut self, peer: &PeerId, way: Way) {
@@ -115,10 +153,11 @@ impl Outbox {
         }
     }
 
-    /// Gives up on all messages that wait for a peer.
+    /// Gives up on all messages that wait for a peer, and drops its callers.
     pub(crate) fn give_up(&mut self, peer: &PeerId) -> Vec<Outgoing> {
         let Some(line) = self.lines.get_mut(peer) else { return Vec::new() };
         let queue = std::mem::take(&mut line.queue);
+        line.callers.clear();
         line.way = Way::Idle;
         if line.under_way == 0 {
             self.lines.remove(peer);
@@ -126,11 +165,9 @@ impl Outbox {
         queue.into()
     }
 
-    /// Returns the unconnected peers whose messages have waited too long.
+    /// Returns the unconnected peers whose messages or callers have waited too long.
     pub(crate) fn overdue(&self, now: Instant, connected: impl Fn(&PeerId) -> bool) -> Vec<PeerId> {
-        let late = |line: &Line| {
-            !line.queue.is_empty() && now.saturating_duration_since(line.waiting_since) >= CONNECT_DEADLINE
-        };
+        let late = |line: &Line| line.waits() && now.saturating_duration_since(line.waiting_since) >= CONNECT_DEADLINE;
         self.lines.iter().filter(|(peer, line)| late(line) && !connected(peer)).map(|(peer, _)| *peer).collect()
     }
 }
@@ -201,6 +238,23 @@ mod tests {
         assert!(outbox.overdue(late, |_| true).is_empty());
         assert_eq!(outbox.overdue(late, |_| false), [peer]);
         assert_eq!(outbox.give_up(&peer).len(), MAX_LINE);
+        assert!(outbox.lines.is_empty());
+    }
+
+    #[test]
+    fn callers_wait_like_messages_and_are_bounded() {
+        let (peer, now) = (PeerId::random(), Instant::now());
+        let mut outbox = Outbox::default();
+        let mut replies = Vec::new();
+        for _ in 0..=MAX_CALLERS {
+            let (caller, reply) = oneshot::channel();
+            outbox.call(peer, caller, now);
+            replies.push(reply);
+        }
+        assert!(replies[MAX_CALLERS].try_recv().is_err(), "one too many is told at once");
+        assert_eq!(outbox.way(&peer), Some(Way::Idle));
+        assert_eq!(outbox.overdue(now + CONNECT_DEADLINE, |_| false), [peer]);
+        assert_eq!(outbox.take_callers(&peer).len(), MAX_CALLERS);
         assert!(outbox.lines.is_empty());
     }
 }

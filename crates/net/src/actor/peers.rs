@@ -90,6 +90,11 @@ impl Peer {
         self.conns.values().filter(dialled).find_map(|conn| conn.addr.clone())
     }
 
+    /// Where the connections end that lead to this peer and nobody between.
+    pub(super) fn direct_addrs(&self) -> Vec<Addr> {
+        self.conns.values().filter(|conn| !conn.relayed).filter_map(|conn| conn.addr.clone()).collect()
+    }
+
     /// The connection that was opened to an address last, if there is another direct one.
     pub(super) fn spare(&self, addr: &Addr) -> Option<ConnectionId> {
         let direct = self.conns.iter().filter(|(_, conn)| !conn.relayed);

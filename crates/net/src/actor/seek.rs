@@ -265,6 +265,14 @@ impl Actor {
                 };
                 self.on_lookup(id, &found);
             }
+            kad::Event::OutboundQueryProgressed {
+                id, result: kad::QueryResult::GetProviders(result), step, ..
+            } => {
+                self.on_providers(id, result, step.last);
+            }
+            kad::Event::InboundRequest { request: kad::InboundRequest::AddProvider { record: Some(record) } } => {
+                self.on_provided(record, Instant::now());
+            }
             _ => {}
         }
     }

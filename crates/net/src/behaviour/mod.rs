@@ -31,8 +31,11 @@ const MAX_STREAMS: usize = 64;
 const NAT_FIRST_PROBE: Duration = Duration::from_secs(3);
 /// It asks again at this distance until three answers agree; in a small swarm it is one peer that is asked each time.
 const NAT_PROBE_EVERY: Duration = Duration::from_secs(20);
-/// Provider records kept for others, and providers of one key.
-const MAX_PROVIDED_KEYS: usize = 1024;
+/// Keys whose providers are kept here, this node's own among them.
+const MAX_PROVIDED_KEYS: usize = 4096;
+/// What a provider said counts for so long; it says it again well before.
+pub(crate) const PROVIDER_TTL: Duration = Duration::from_secs(30 * 60);
+const PROVIDE_AGAIN: Duration = Duration::from_secs(10 * 60);
 
 /// All protocols. The order is that in which they are asked about a connection: whoever refuses comes first.
 #[derive(NetworkBehaviour)]
@@ -45,6 +48,7 @@ pub(crate) struct Behaviour {
     pub(crate) direct: direct::Behaviour,
     pub(crate) gossip: gossip::Behaviour,
     pub(crate) kad: kad::Behaviour<MemoryStore>,
+    pub(crate) streams: libp2p_stream::Behaviour,
     pub(crate) mdns: Toggle<mdns::tokio::Behaviour>,
     pub(crate) autonat: autonat::v1::Behaviour,
     pub(crate) relay_server: Toggle<relay::Behaviour>,
@@ -80,6 +84,7 @@ impl Behaviour {
             direct: direct::Behaviour::new([(names.direct.clone(), ProtocolSupport::Full)], direct),
             gossip: gossip::behaviour(names, arrived)?,
             kad: kad(cfg, names, keys),
+            streams: libp2p_stream::Behaviour::new(),
             mdns: Toggle::from(cfg.mdns.then(|| mdns(keys)).flatten()),
             autonat: autonat::v1::Behaviour::new(me, autonat()),
             relay_server: Toggle::from(cfg.relay_server.then(|| relay::Behaviour::new(me, relay_config(cfg)))),
@@ -98,7 +103,7 @@ fn limits(cfg: &NetConfig) -> connection_limits::ConnectionLimits {
         .with_max_pending_outgoing(Some(cfg.conn.pending))
 }
 
-/// The DHT finds peers. It takes no records from anybody: nothing is stored that nobody vouches for.
+/// The DHT finds peers, and who provides what. It takes no values from anybody: nothing is stored that nobody vouches for.
 fn kad(cfg: &NetConfig, names: &Names, keys: &Keypair) -> kad::Behaviour<MemoryStore> {
     let me = keys.public().to_peer_id();
     let mut config = kad::Config::new(names.kad.clone());
@@ -109,6 +114,8 @@ fn kad(cfg: &NetConfig, names: &Names, keys: &Keypair) -> kad::Behaviour<MemoryS
         .set_parallelism(NonZeroUsize::new(3).expect("three is not zero"))
         .set_replication_interval(None)
         .set_publication_interval(None)
+        .set_provider_record_ttl(Some(PROVIDER_TTL))
+        .set_provider_publication_interval(Some(PROVIDE_AGAIN))
         .set_caching(kad::Caching::Disabled);
     let bounds = MemoryStoreConfig {
         max_records: 0,

@@ -19,6 +19,8 @@ pub(crate) struct Names {
     pub(crate) direct: StreamProtocol,
     /// `/chorus/<network>/kad/<version>`.
     pub(crate) kad: StreamProtocol,
+    /// `/chorus/<network>/bulk/<version>`: one stream for each session of the bulk plane.
+    pub(crate) bulk: StreamProtocol,
     /// `chorus/<network>/<version>`: the protocol version that `identify` carries.
     pub(crate) identify: String,
     topics: [(Topic, IdentTopic); 2],
@@ -35,6 +37,7 @@ impl Names {
         Self {
             direct: stream("direct"),
             kad: stream("kad"),
+            bulk: stream("bulk"),
             identify: format!("chorus/{network}/{WIRE_VERSION}"),
             topics: Topic::ALL.map(topic),
         }
