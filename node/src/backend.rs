@@ -1,12 +1,12 @@
 //! The node behind the API: what HTTP asks, in the node's own terms.
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use chorus_api::{
-    Backend, BackendError, ChatTurn, Embedded, Health, LedgerFilter, LedgerPage, LocalReply, LocalRequest, ModelCard,
-    ModelKind, TaskLog,
+    Backend, BackendError, ChatTurn, CurveForm, Embedded, Health, LedgerFilter, LedgerPage, LocalReply, LocalRequest,
+    ModelCard, ModelKind, TaskLog,
 };
 use chorus_core::{Command, TaskSpec};
 use chorus_engine::{
@@ -29,6 +29,8 @@ use crate::driver::{NodeHandle, Stopped};
 use crate::executor::Engines;
 use crate::metrics::Metrics;
 use crate::storage::TaskRecords;
+use crate::training::TrainingHandle;
+use crate::training::metrics::TrainingMetrics;
 
 /// How long a peer stays blocked: until it is unblocked or this node restarts.
 const BLOCK: Duration = Duration::from_secs(365 * 24 * 3_600);
@@ -44,6 +46,9 @@ pub(crate) struct NodeBackend {
     tasks: Arc<TaskLog>,
     records: TaskRecords,
     metrics: Arc<Metrics>,
+    /// The training room, where there is one.
+    room: Option<TrainingHandle>,
+    training: OnceLock<TrainingMetrics>,
     /// Draws ids and seeds for clients.
     rng: Mutex<Rng>,
     started: Instant,
@@ -69,11 +74,25 @@ impl NodeBackend {
         tasks: Arc<TaskLog>,
         records: TaskRecords,
         metrics: Arc<Metrics>,
+        room: Option<TrainingHandle>,
         rng: Rng,
     ) -> Self {
         let loaded = RwLock::new(Loaded::default());
         let rng = Mutex::new(rng);
-        Self { config, me, handle, net, tasks, records, metrics, rng, started: Instant::now(), loaded }
+        Self {
+            config,
+            me,
+            handle,
+            net,
+            tasks,
+            records,
+            metrics,
+            room,
+            training: OnceLock::new(),
+            rng,
+            started: Instant::now(),
+            loaded,
+        }
     }
 
     /// Takes the engines into service for direct requests.
@@ -112,7 +131,17 @@ impl NodeBackend {
         })
     }
 
+    /// The policy that this node samples for, as an engine like any other.
+    fn policy_engine(&self) -> Option<Arc<dyn Engine>> {
+        let engine = self.room.as_ref()?.engine.clone()?;
+        Some(engine)
+    }
+
     fn engine(&self, model: &str) -> Result<Arc<dyn Engine>, BackendError> {
+        let serves = |engine: &Arc<dyn Engine>| engine.info().iter().any(|info| info.name == model);
+        if let Some(policy) = self.policy_engine().filter(serves) {
+            return Ok(policy);
+        }
         let loaded = self.loaded();
         if !loaded.ready && self.config.engine.kind != EngineKind::None {
             return Err(BackendError::Starting { what: "the model".to_owned() });
@@ -207,9 +236,9 @@ impl Backend for NodeBackend {
 
     fn models(&self) -> Vec<ModelCard> {
         let engines = self.loaded().engines;
-        let chat = engines.engine.map(|engine| engine.info()).unwrap_or_default();
+        let chat = engines.engine.into_iter().chain(self.policy_engine()).flat_map(|engine| engine.info());
         let embedding = engines.embedder.map(|embedder| card(embedder.info().clone(), ModelKind::Embedding));
-        chat.into_iter().map(|info| card(info, ModelKind::Chat)).chain(embedding).collect()
+        chat.map(|info| card(info, ModelKind::Chat)).chain(embedding).collect()
     }
 
     fn health(&self) -> Health {
@@ -293,7 +322,25 @@ impl Backend for NodeBackend {
         out["engine"] = self.engine_state(&loaded);
         out["nodes"] = json!(nodes);
         out["ticket"] = json!(ticket);
+        if let Some(room) = &self.room {
+            out["training"] = json!(room.status().await);
+        }
         Ok(out)
+    }
+
+    async fn training(&self) -> Result<Value, BackendError> {
+        let room = self.room.as_ref().ok_or(BackendError::NoTraining)?;
+        room.status().await.ok_or(BackendError::ShuttingDown)
+    }
+
+    async fn curve(&self, form: CurveForm) -> Result<String, BackendError> {
+        let room = self.room.as_ref().ok_or(BackendError::NoTraining)?;
+        let curve = room.curve().await.ok_or(BackendError::NoTraining)?;
+        Ok(match form {
+            CurveForm::Text => curve.to_text(),
+            CurveForm::Csv => curve.to_csv(),
+            CurveForm::Svg => curve.to_svg(&self.config.trainer.environments.join(", ")),
+        })
     }
 
     async fn peers(&self) -> Result<Vec<Value>, BackendError> {
@@ -337,9 +384,13 @@ impl Backend for NodeBackend {
 
     async fn metrics(&self) -> String {
         let peers = self.net.peers().await.len();
-        match self.handle.read(|node, now| node.status(now)).await {
-            Ok(status) => self.metrics.render(&status, peers),
-            Err(Stopped) => String::new(),
+        let Ok(status) = self.handle.read(|node, now| node.status(now)).await else { return String::new() };
+        let mut text = self.metrics.render(&status, peers);
+        if let Some(room) = &self.room
+            && let Some(status) = room.status().await
+        {
+            text.push_str(&self.training.get_or_init(|| TrainingMetrics::new(&status)).render(&status));
         }
+        text
     }
 }

@@ -44,6 +44,12 @@ impl ApiClient {
         Self::json(self.send(request).await?).await
     }
 
+    /// Gets what is not JSON, as it is.
+    pub(crate) async fn text(&self, path: &str) -> Result<String, CommandError> {
+        let request = self.http.get(format!("{}{path}", self.base)).timeout(REQUEST_TIMEOUT);
+        self.send(request).await?.text().await.map_err(CommandError::machine)
+    }
+
     pub(crate) async fn post(&self, path: &str, body: &Value) -> Result<Value, CommandError> {
         let request = self.http.post(format!("{}{path}", self.base)).timeout(REQUEST_TIMEOUT).json(body);
         Self::json(self.send(request).await?).await

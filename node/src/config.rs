@@ -17,6 +17,7 @@ use crate::error::CommandError;
 pub(crate) const CONFIG_FILE: &str = "chorus.toml";
 const P2P_PORT: u16 = 7600;
 const API_PORT: u16 = 7700;
+const BULK_PORT: u16 = 7800;
 /// The most nodes that `--instance` can put on one host before their ports meet.
 const MAX_INSTANCE: u16 = 99;
 
@@ -34,6 +35,8 @@ pub(crate) struct Config {
     pub api: ApiSection,
     pub engine: EngineSection,
     pub beacon: BeaconSection,
+    pub sampler: SamplerSection,
+    pub trainer: TrainerSection,
     /// What this node says it is good at.
     #[serde(rename = "skill")]
     pub skills: Vec<SkillSection>,
@@ -55,6 +58,8 @@ pub(crate) struct NetSection {
     pub relay_server: bool,
     /// Multiaddresses under which others reach this node, where it cannot find out by itself.
     pub external: Vec<String>,
+    /// UDP addresses for the bulk plane, over which rollouts and weights travel; none: libp2p carries them, slowly.
+    pub bulk: Vec<SocketAddr>,
 }
 
 /// The local HTTP API.
@@ -117,6 +122,57 @@ pub(crate) struct BeaconSection {
     pub window_max_ms: u64,
 }
 
+/// For whose policy this node samples.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct SamplerSection {
+    /// The policy, as `name@did:key:…`; empty for none.
+    pub policy: String,
+    /// Rollouts that are sampled, or wait for the engine, at a time.
+    pub slots: u16,
+    /// Disk for rollouts that the trainer has not acknowledged, in MiB.
+    pub spool_mb: usize,
+    /// When that is full while the trainer is away: drop the oldest rollouts rather than stop.
+    pub drop_oldest: bool,
+}
+
+/// The policy that this node trains.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct TrainerSection {
+    /// What the policy is called; empty on a node that does not train.
+    pub policy: String,
+    /// The directory of the policy to begin with, in Hugging Face's layout. A run that was begun goes on from its own checkpoint.
+    pub from: String,
+    /// Where tasks come from, each as often as the others.
+    pub environments: Vec<String>,
+    /// Every update waits for rollouts of its own weights.
+    pub sequential: bool,
+    /// Otherwise: how many updates the weights that wrote a rollout may be behind.
+    pub staleness: u32,
+    /// Tasks in an update.
+    pub batch: usize,
+    /// Answers to each task.
+    pub members: u16,
+    /// AdamW's rate, and the updates over which it falls to a tenth.
+    pub rate: f64,
+    pub anneal: u32,
+    /// Weight of the divergence from the policy that the run began with; 0 for none.
+    pub kl: f64,
+    /// Rollouts that are learned from at a time; 0 for all of an update. Changes memory and not what is learned.
+    pub micro_batch: usize,
+    /// Updates after which the run ends; 0 for no end.
+    pub steps: u64,
+    /// The held-out reward at which the run ends; 0 for none.
+    pub until: f64,
+    /// Updates between two versions.
+    pub publish_every: u64,
+    /// Updates between two looks at held-out tasks.
+    pub evaluate_every: u64,
+    /// Same seed, same tasks.
+    pub seed: u64,
+}
+
 /// The selection rule by its name, as the beacon knows it.
 mod rule {
     use chorus_core::SelectionRule;
@@ -153,6 +209,8 @@ impl Default for Config {
             api: ApiSection::default(),
             engine: EngineSection::default(),
             beacon: BeaconSection::default(),
+            sampler: SamplerSection::default(),
+            trainer: TrainerSection::default(),
             skills: Vec::new(),
         }
     }
@@ -167,6 +225,7 @@ impl Default for NetSection {
             mdns: true,
             relay_server: true,
             external: Vec::new(),
+            bulk: vec![SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), BULK_PORT)],
         }
     }
 }
@@ -190,6 +249,35 @@ impl Default for EngineSection {
             threads: 0,
             system_prompt: "You are a helpful assistant.".to_owned(),
             embedder: String::new(),
+        }
+    }
+}
+
+impl Default for SamplerSection {
+    fn default() -> Self {
+        Self { policy: String::new(), slots: 16, spool_mb: 256, drop_oldest: false }
+    }
+}
+
+impl Default for TrainerSection {
+    fn default() -> Self {
+        Self {
+            policy: String::new(),
+            from: String::new(),
+            environments: vec!["arithmetic-2".to_owned()],
+            sequential: false,
+            staleness: 2,
+            batch: 16,
+            members: 8,
+            rate: 6e-4,
+            anneal: 4_000,
+            kl: 0.0,
+            micro_batch: 0,
+            steps: 0,
+            until: 0.0,
+            publish_every: 1,
+            evaluate_every: 25,
+            seed: 1,
         }
     }
 }
@@ -251,6 +339,12 @@ pub(crate) struct Overrides {
     /// Do not look for peers on the local network
     #[arg(long, global = true)]
     pub no_mdns: bool,
+    /// UDP address for rollouts and weights (may be given several times)
+    #[arg(long, global = true, value_name = "IP:PORT")]
+    pub bulk: Vec<SocketAddr>,
+    /// Sample for this policy
+    #[arg(long, global = true, value_name = "NAME@ID")]
+    pub sample: Option<String>,
 }
 
 impl Config {
@@ -309,6 +403,12 @@ impl Config {
         if flags.no_mdns {
             self.net.mdns = false;
         }
+        if !flags.bulk.is_empty() {
+            self.net.bulk.clone_from(&flags.bulk);
+        }
+        if let Some(policy) = &flags.sample {
+            self.sampler.policy.clone_from(policy);
+        }
     }
 
     fn shift_ports(&mut self, by: u16) -> Result<(), CommandError> {
@@ -319,6 +419,10 @@ impl Config {
         self.api.listen.set_port(if port == 0 { 0 } else { port.saturating_add(by) });
         for listen in &mut self.net.listen {
             *listen = shift_port(listen, by);
+        }
+        for bulk in &mut self.net.bulk {
+            let port = bulk.port();
+            bulk.set_port(if port == 0 { 0 } else { port.saturating_add(by) });
         }
         Ok(())
     }

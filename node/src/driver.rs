@@ -19,7 +19,7 @@ use chorus_api::TaskLog;
 use chorus_core::{Acceptance, Command, Effect, EngineInput, Input, NetInput, Node, NodeEvent, Restored, Topic};
 use chorus_machine::{Ctx, Machine, Outbox, Rng, Time};
 use chorus_net::{GossipToken, NetEvent, NetHandle, Verdict};
-use chorus_protocol::{NodeId, WallTime};
+use chorus_protocol::{Hash, NodeId, WallTime};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -92,6 +92,8 @@ pub(crate) struct Parts {
     pub inputs_rx: mpsc::Receiver<Input>,
     pub tasks: Arc<TaskLog>,
     pub metrics: Arc<Metrics>,
+    /// Where providers that were looked for go.
+    pub providers: mpsc::Sender<(Hash, Vec<NodeId>)>,
     pub shutdown: CancellationToken,
 }
 
@@ -109,6 +111,7 @@ pub(crate) struct Driver {
     jobs: JobSpans,
     tasks: Arc<TaskLog>,
     metrics: Arc<Metrics>,
+    providers: mpsc::Sender<(Hash, Vec<NodeId>)>,
     shutdown: CancellationToken,
     unjudged: BTreeMap<u64, GossipToken>,
     next_token: u64,
@@ -131,6 +134,7 @@ impl Driver {
             requests,
             tasks: parts.tasks,
             metrics: parts.metrics,
+            providers: parts.providers,
             shutdown: parts.shutdown,
             unjudged: BTreeMap::new(),
             next_token: 0,
@@ -196,9 +200,17 @@ impl Driver {
                 tracing::debug!(to = %to.fmt_short(), %error, "not delivered");
                 NetInput::SendFailed { to }
             }
+            NetEvent::Providers { key, nodes } => return self.found(key, nodes),
             event => return net_log::write(&event),
         };
         self.handle(Input::Net(input));
+    }
+
+    /// Tells the training room who holds what. One that has enough to do hears of them the next time.
+    fn found(&self, key: Hash, nodes: Vec<NodeId>) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.providers.try_send((key, nodes)) {
+            tracing::debug!("providers came faster than they were taken in");
+        }
     }
 
     fn gossip(&mut self, topic: chorus_net::Topic, from: NodeId, token: GossipToken, bytes: Vec<u8>) -> NetInput {
@@ -326,7 +338,8 @@ impl Driver {
     }
 }
 
-fn wall() -> WallTime {
+/// The wall clock, for records that others will read.
+pub(crate) fn wall() -> WallTime {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     WallTime::from_millis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }

@@ -20,6 +20,7 @@ mod net_log;
 mod process;
 mod spans;
 mod storage;
+mod training;
 
 use std::process::ExitCode;
 

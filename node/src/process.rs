@@ -32,6 +32,7 @@ use crate::executor::{Engines, embed_one};
 use crate::keyfile;
 use crate::metrics::Metrics;
 use crate::storage::Disk;
+use crate::training;
 
 /// The model that `scripts/models` puts in place.
 pub(crate) const DEFAULT_MODEL: &str = "SmolLM2-135M-Instruct.Q8_0.gguf";
@@ -41,6 +42,8 @@ const DEFAULT_EMBEDDER: &str = "all-MiniLM-L6-v2";
 pub(crate) const RUN_FILE: &str = "run.json";
 /// How long the tasks of a stopping process are waited for.
 const GRACE: Duration = Duration::from_secs(3);
+/// Answers of the DHT that may wait for the training room.
+const PROVIDERS_QUEUE: usize = 16;
 
 /// Runs a node until it is told to stop.
 pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
@@ -52,6 +55,17 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
     let (net, net_events) = Net::start(net_config(&config, &network)?, &key).await.map_err(CommandError::machine)?;
     let mut rng = Rng::from_seed(entropy()?);
     let shutdown = CancellationToken::new();
+    let (providers_tx, providers) = mpsc::channel(PROVIDERS_QUEUE);
+    let room = training::Parts {
+        config: config.clone(),
+        key: key.clone(),
+        network: network.clone(),
+        net: net.clone(),
+        rng: rng.fork(),
+        providers,
+        shutdown: shutdown.clone(),
+    };
+    let room = training::start(room).await?;
     let (tasks, metrics) = (Arc::new(TaskLog::default()), Arc::new(Metrics::default()));
     let (mut driver, handle) = Driver::new(Parts {
         node: Node::new(node_config(&config)?, key.clone()),
@@ -63,11 +77,21 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
         inputs_rx,
         tasks: Arc::clone(&tasks),
         metrics: Arc::clone(&metrics),
+        providers: providers_tx,
         shutdown: shutdown.clone(),
     });
     driver.restore(restored);
-    let backend =
-        Arc::new(NodeBackend::new(config.clone(), key.node_id(), handle.clone(), net, tasks, records, metrics, rng));
+    let backend = Arc::new(NodeBackend::new(
+        config.clone(),
+        key.node_id(),
+        handle.clone(),
+        net,
+        tasks,
+        records,
+        metrics,
+        room,
+        rng,
+    ));
     let api = ApiConfig { token: token(&config), ..ApiConfig::new(config.api.listen) };
     let bound =
         chorus_api::serve(api, Arc::clone(&backend) as _, shutdown.clone()).await.map_err(CommandError::machine)?;

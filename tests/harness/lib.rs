@@ -212,7 +212,9 @@ impl Node {
         fs::write(dir.join("chorus.toml"), &options.config).expect("a configuration file");
         let model = options.model.clone().unwrap_or_else(|| tiny_model().display().to_string());
         let mut args: Vec<String> =
-            ["--network", network, "--no-mdns", "--api", "127.0.0.1:0", "--model", &model].map(str::to_owned).to_vec();
+            ["--network", network, "--no-mdns", "--api", "127.0.0.1:0", "--bulk", "127.0.0.1:0", "--model", &model]
+                .map(str::to_owned)
+                .to_vec();
         args.extend(
             ["--listen", "/ip4/127.0.0.1/udp/0/quic-v1", "--listen", "/ip4/127.0.0.1/tcp/0"].map(str::to_owned),
         );

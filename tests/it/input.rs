@@ -9,7 +9,7 @@ fn run(args: &[&str]) -> (i32, String) {
     (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
-fn in_dir(dir: &tempfile::TempDir, args: &[&str]) -> (i32, String) {
+pub(crate) fn in_dir(dir: &tempfile::TempDir, args: &[&str]) -> (i32, String) {
     let data = dir.path().display().to_string();
     let mut all = vec!["--data-dir", &data, "--no-mdns", "--api", "127.0.0.1:0", "--listen", "/ip4/127.0.0.1/tcp/0"];
     all.extend(args);

@@ -8,6 +8,7 @@ mod input;
 mod model;
 mod namespaces;
 mod survival;
+mod training;
 mod weight;
 
 /// A file that nobody listed above would be a test that never runs.

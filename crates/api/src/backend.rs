@@ -36,6 +36,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Returns what the node is doing, and what it waits for.
     async fn status(&self) -> Result<Value, BackendError>;
 
+    /// Returns where this node's trainer or sampler stands, or [`BackendError::NoTraining`].
+    async fn training(&self) -> Result<Value, BackendError>;
+
+    /// Returns the learning curve of this node's trainer, or [`BackendError::NoTraining`].
+    async fn curve(&self, form: CurveForm) -> Result<String, BackendError>;
+
     /// Returns the connected peers.
     async fn peers(&self) -> Result<Vec<Value>, BackendError>;
 
@@ -74,6 +80,18 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Takes a task back. A task that is unknown or has ended is no error.
     async fn cancel(&self, task: TaskId) -> Result<(), BackendError>;
+}
+
+/// How a learning curve is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CurveForm {
+    /// For a terminal.
+    #[default]
+    Text,
+    /// For a spreadsheet.
+    Csv,
+    /// For a page.
+    Svg,
 }
 
 /// What a model is for.

@@ -39,6 +39,11 @@ pub enum BackendError {
         "this node has no embedder; fetch one with scripts/models, or set engine.embedder in the configuration file"
     )]
     NoEmbedder,
+    /// The node neither trains nor samples.
+    #[error(
+        "this node trains no policy and samples for none; start one with `chorus trainer run` or `chorus node run --sample NAME@ID`"
+    )]
+    NoTraining,
     /// Something is still being started.
     #[error("{what} is still starting; try again in a moment, `chorus status` says how far it is")]
     Starting {
@@ -135,7 +140,8 @@ impl BackendError {
             Self::ModelNotFound { .. }
             | Self::TaskNotFound { .. }
             | Self::EntryNotFound { .. }
-            | Self::PeerNotFound { .. } => 404,
+            | Self::PeerNotFound { .. }
+            | Self::NoTraining => 404,
             Self::Overloaded { .. } => 429,
             Self::Cancelled => CLIENT_CLOSED_REQUEST,
             Self::NoEngine | Self::NoEmbedder | Self::Starting { .. } | Self::ShuttingDown => 503,
@@ -159,6 +165,7 @@ impl BackendError {
             Self::ModelNotFound { .. } => "model_not_found",
             Self::NoEngine => "no_engine",
             Self::NoEmbedder => "no_embedder",
+            Self::NoTraining => "no_training",
             Self::Starting { .. } => "starting",
             Self::ContextExceeded { .. } => "context_length_exceeded",
             Self::Overloaded { .. } => "overloaded",

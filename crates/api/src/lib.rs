@@ -47,9 +47,11 @@ mod serve;
 mod shape;
 mod task_log;
 mod tasks;
+mod training;
 
 pub use backend::{
-    Backend, ChatTurn, Embedded, Health, LedgerFilter, LedgerPage, LocalReply, LocalRequest, ModelCard, ModelKind,
+    Backend, ChatTurn, CurveForm, Embedded, Health, LedgerFilter, LedgerPage, LocalReply, LocalRequest, ModelCard,
+    ModelKind,
 };
 pub use config::{ApiConfig, ApiError, MIN_TOKEN_CHARS};
 pub use error::BackendError;

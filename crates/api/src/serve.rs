@@ -21,7 +21,7 @@ use crate::config::{ApiConfig, ApiError};
 use crate::error::Fault;
 use crate::guard::HEALTH_ROUTE;
 use crate::listener::{ConnectionHandle, Listener};
-use crate::{chat, embeddings, journal, models, node, observe, tasks};
+use crate::{chat, embeddings, journal, models, node, observe, tasks, training};
 
 /// How long answers that are under way may take once the node ends. Streams end at once.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -92,6 +92,8 @@ fn router(app: App) -> Router {
         .route("/v1/status", get(node::status))
         .route("/v1/peers", get(node::peers))
         .route("/v1/peers/{node}", post(node::set_blocked))
+        .route("/v1/training", get(training::status))
+        .route("/v1/training/curve", get(training::curve))
         .route("/v1/ledger", get(node::ledger))
         .route("/v1/ledger/{hash}", get(node::ledger_entry))
         .route("/metrics", get(node::metrics))

@@ -5,8 +5,10 @@ mod config;
 mod doctor;
 mod key;
 mod ledger;
+mod policy;
 mod run;
 mod status;
+mod trainer;
 
 use clap::{Parser, Subcommand};
 
@@ -42,6 +44,12 @@ enum Command {
     /// Look at the replicated ledger, of a running node or of a stopped one's disk
     #[command(subcommand)]
     Ledger(ledger::LedgerCommand),
+    /// Train a policy on what the swarm samples
+    #[command(subcommand)]
+    Trainer(trainer::TrainerCommand),
+    /// The versions of policies on this node's disk
+    #[command(subcommand)]
+    Policy(policy::PolicyCommand),
     /// The configuration in force
     #[command(subcommand)]
     Config(config::ConfigCommand),
@@ -88,6 +96,11 @@ pub(crate) fn dispatch(cli: Cli) -> Result<(), CommandError> {
         Command::Peers(args) => status::peers(&config()?, args),
         Command::Doctor => doctor::doctor(&config()?),
         Command::Ledger(command) => ledger::ledger(&config()?, command),
+        Command::Trainer(command) => {
+            let model = flags.model.is_some();
+            trainer::trainer(config()?, model, command)
+        }
+        Command::Policy(command) => policy::policy(&config()?, &command),
         Command::Config(command) => config::config(&config()?, &command),
         Command::Key(command) => key::key(&config()?, &command),
         Command::Requantize(args) => run::requantize(&args),

@@ -3,7 +3,7 @@
 use clap::Subcommand;
 use serde_json::{Value, json};
 
-use super::block_on;
+use super::{block_on, trainer};
 use crate::client::ApiClient;
 use crate::config::Config;
 use crate::error::CommandError;
@@ -73,7 +73,11 @@ fn status_text(status: &Value) -> String {
         lines.push(format!("task      {} waits for {}", text(&task["task"]), text(&task["waiting_for"])));
     }
     lines.push(format!("idle      {}", text(&status["idle_because"])));
-    lines.join("\n") + "\n"
+    let mut out = lines.join("\n") + "\n";
+    if status["training"].is_object() {
+        out.push_str(&trainer::status_text(&status["training"]));
+    }
+    out
 }
 
 /// Prints who is connected, or changes who may be.

@@ -104,6 +104,18 @@ impl Backend for Face {
         "# TYPE chorus_peers gauge\nchorus_peers 2\n".to_owned()
     }
 
+    async fn training(&self) -> Result<Value, BackendError> {
+        Ok(json!({ "role": "trainer", "step": 3 }))
+    }
+
+    async fn curve(&self, form: CurveForm) -> Result<String, BackendError> {
+        match form {
+            CurveForm::Text => Err(BackendError::NoTraining),
+            CurveForm::Csv => Ok("step,seconds\n".to_owned()),
+            CurveForm::Svg => Ok("<svg/>".to_owned()),
+        }
+    }
+
     async fn status(&self) -> Result<Value, BackendError> {
         if self.hang.load(Ordering::SeqCst) {
             std::future::pending::<()>().await;

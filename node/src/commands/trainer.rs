@@ -1,0 +1,177 @@
+//! `chorus trainer`: train a policy on what the swarm samples, and look at how it goes.
+
+use std::path::PathBuf;
+
+use clap::Subcommand;
+use serde_json::Value;
+
+use super::block_on;
+use super::run;
+use crate::client::ApiClient;
+use crate::config::{Config, EngineKind};
+use crate::error::CommandError;
+use crate::logs::LogFormat;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TrainerCommand {
+    /// Start a node that trains a policy, in the foreground
+    Run(Box<RunArgs>),
+    /// How far the run is, and what it waits for
+    Status {
+        /// Print JSON for a program instead of a table for a person
+        #[arg(long)]
+        json: bool,
+    },
+    /// The learning curve
+    Curve {
+        /// Write comma-separated values
+        #[arg(long, conflicts_with = "svg")]
+        csv: bool,
+        /// Write a picture
+        #[arg(long)]
+        svg: bool,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RunArgs {
+    /// What the policy is called
+    #[arg(long, value_name = "NAME")]
+    policy: Option<String>,
+    /// Directory of the policy to begin with
+    #[arg(long, value_name = "DIR")]
+    from: Option<PathBuf>,
+    /// Where tasks come from: arithmetic-N, knights-N, sokoban-N (may be given several times)
+    #[arg(long = "env", value_name = "NAME")]
+    environments: Vec<String>,
+    /// Updates that the weights of a rollout may be behind
+    #[arg(long, value_name = "S", conflicts_with = "sequential")]
+    staleness: Option<u32>,
+    /// Let every update wait for rollouts of its own weights
+    #[arg(long)]
+    sequential: bool,
+    /// End after so many updates
+    #[arg(long, value_name = "N")]
+    steps: Option<u64>,
+    /// End when the held-out reward is this high
+    #[arg(long, value_name = "REWARD")]
+    until: Option<f64>,
+    /// How log lines look
+    #[arg(long, value_enum, default_value_t)]
+    log_format: LogFormat,
+}
+
+pub(crate) fn trainer(mut config: Config, model: bool, command: TrainerCommand) -> Result<(), CommandError> {
+    match command {
+        TrainerCommand::Run(args) => {
+            let format = args.log_format;
+            apply(&mut config, *args, model)?;
+            run::run(config, format)
+        }
+        TrainerCommand::Status { json } => status(&config, json),
+        TrainerCommand::Curve { csv, svg } => curve(
+            &config,
+            if csv {
+                "csv"
+            } else if svg {
+                "svg"
+            } else {
+                "text"
+            },
+        ),
+    }
+}
+
+fn apply(config: &mut Config, args: RunArgs, model: bool) -> Result<(), CommandError> {
+    let section = &mut config.trainer;
+    if let Some(policy) = args.policy {
+        section.policy = policy;
+    }
+    if let Some(from) = args.from {
+        section.from = from.display().to_string();
+    }
+    if !args.environments.is_empty() {
+        section.environments = args.environments;
+    }
+    section.sequential |= args.sequential;
+    section.staleness = args.staleness.unwrap_or(section.staleness);
+    section.steps = args.steps.unwrap_or(section.steps);
+    section.until = args.until.unwrap_or(section.until);
+    if section.policy.is_empty() {
+        return Err(CommandError::usage("the policy needs a name").hint("e.g. --policy arithmetic"));
+    }
+    // A trainer needs its memory and its processor for learning; who wants it to answer as well says so.
+    if !model {
+        config.engine.kind = EngineKind::None;
+    }
+    Ok(())
+}
+
+fn status(config: &Config, json: bool) -> Result<(), CommandError> {
+    let status = block_on(async { ApiClient::new(config)?.get("/v1/training").await })?;
+    if json {
+        println!("{status:#}");
+    } else {
+        print!("{}", status_text(&status));
+    }
+    Ok(())
+}
+
+/// A room's status for a person; `chorus status` shows it too.
+pub(super) fn status_text(status: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    let number = |value: &Value| value.as_f64().map_or_else(|| "-".to_owned(), |number| format!("{number:.3}"));
+    let version = |value: &Value| match value["version"].as_str() {
+        Some(version) => format!("{} (step {})", version.get(..8).unwrap_or(version), value["step"]),
+        None => "none yet".to_owned(),
+    };
+    let connected = status["connected"].as_array().map_or(0, Vec::len);
+    let mut lines = vec![format!("policy    {}@{}", text(&status["name"]), text(&status["owner"]))];
+    if status["role"] == "trainer" {
+        let learner = &status["learner"];
+        let busy = learner["utilisation"].as_f64().unwrap_or_default() * 100.0;
+        lines.extend([
+            format!("trainer   {}; {}", text(&status["state"]), text(&status["mode"])),
+            format!("step      {}, published {}", status["step"], version(&status["published"])),
+            format!("reward    {} of rollouts, {} held out", number(&status["reward"]), number(&status["held_out"])),
+            format!("learner   busy {busy:.0} % of the time; waits for {}", text(&learner["waits_for"])),
+            format!(
+                "rollouts  {} taken, {} used, {} given to another sampler",
+                status["taken"], status["used"], status["reissued"]
+            ),
+            format!(
+                "samplers  {} deliver {} rollouts/s; {} are needed to keep the learner busy",
+                status["samplers"].as_array().map_or(0, Vec::len),
+                number(&status["capacity"]["delivered_per_s"]),
+                status["capacity"]["samplers_needed"]
+                    .as_u64()
+                    .map_or_else(|| "an unknown number".to_owned(), |n| n.to_string()),
+            ),
+            format!(
+                "stream    {} tokens/s, {} bytes a token; {connected} connected",
+                number(&status["tokens_per_s"]),
+                number(&status["bytes_per_token"])
+            ),
+        ]);
+        return lines.join("\n") + "\n";
+    }
+    lines.extend([
+        format!("sampler   serves {}; waits for {}", version(&status["serving"]), text(&status["waits_for"])),
+        format!("weights   newest whole {}; {connected} connected", version(&status["whole"])),
+        format!(
+            "rollouts  {} count, {} do not, {} lost; {} frames wait for the trainer",
+            status["counted"], status["refused"], status["lost"], status["spooled_frames"]
+        ),
+    ]);
+    if let Some(of) = status["arriving"]["of"].as_u64() {
+        let arriving = &status["arriving"];
+        lines.push(format!("arriving  {}: {} of {of} chunks", version(arriving), arriving["chunks"]));
+    }
+    lines.join("\n") + "\n"
+}
+
+fn curve(config: &Config, form: &str) -> Result<(), CommandError> {
+    let text = block_on(async { ApiClient::new(config)?.text(&format!("/v1/training/curve?form={form}")).await })?;
+    print!("{text}");
+    Ok(())
+}

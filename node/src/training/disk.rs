@@ -1,0 +1,220 @@
+//! The thread that reads and writes for a training room: chunks into files, frames into a database.
+//!
+//! ```text
+//!  Room ──Job (bounded)──▶ thread: one after the other, frames that wait together in one synced write ──Done──▶ Room
+//! ```
+//!
+//! One thread, so that what was asked first is done first: a version's files are made before its chunks come, and are forgotten after.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+
+use chorus_protocol::bounded::List;
+use chorus_protocol::limits::{ENVELOPE_OVERHEAD_BYTES, MAX_CHUNK_BYTES, MAX_ROLLOUT_FRAME_BYTES};
+use chorus_protocol::policy::{Manifest, Version};
+use chorus_protocol::rollout::{GroupId, RolloutFrame};
+use chorus_protocol::{Admitted, NetworkId, NodeId, Received, Verified, codec};
+use chorus_rollout::buffer::FrameKey;
+use chorus_store::{Batch, Durability, Record, Store, StoreError};
+use tokio::sync::mpsc;
+
+use super::library::{Library, write_whole};
+
+/// Jobs that may wait.
+const QUEUE: usize = 1_024;
+/// Frames that are written together at most.
+const MAX_GROUP: usize = 64;
+/// Where frames lie: a trainer's that it took, a sampler's that are not acknowledged.
+const FRAMES: &str = "frames";
+/// A signed frame on disk.
+const MAX_FRAME_VALUE: usize = MAX_ROLLOUT_FRAME_BYTES + ENVELOPE_OVERHEAD_BYTES;
+
+/// What the disk is asked.
+pub(super) enum Job {
+    /// Make a version's files.
+    Keep(Box<Admitted<Manifest>>),
+    /// Write a chunk.
+    Store { manifest: Box<Admitted<Manifest>>, index: u32, bytes: List<u8, MAX_CHUNK_BYTES> },
+    /// Read a chunk for somebody.
+    Read { to: NodeId, manifest: Box<Admitted<Manifest>>, index: u32 },
+    /// Delete a version.
+    Forget(Version),
+    /// Write a frame.
+    Persist { key: FrameKey, frame: Verified<RolloutFrame> },
+    /// Read a frame.
+    Load(FrameKey),
+    /// Delete frames.
+    Delete(Vec<FrameKey>),
+    /// Keep the frame in which a sampler signed a rollout, where nothing deletes it.
+    Evidence { sampler: NodeId, group: GroupId, member: u16 },
+}
+
+/// What became of it.
+#[derive(Debug)]
+pub(super) enum Done {
+    Stored { version: Version, index: u32, ok: bool },
+    Read { to: NodeId, version: Version, index: u32, bytes: Option<Vec<u8>> },
+    Persisted { key: FrameKey, ok: bool },
+    Loaded { key: FrameKey, frame: Option<Verified<RolloutFrame>> },
+}
+
+/// The way to the thread. When it is dropped, what was asked is still done.
+pub(super) struct Disk {
+    queue: SyncSender<Job>,
+}
+
+impl Disk {
+    /// Opens the frames' database and starts the thread. Returns the frames that are there, by sampler and number.
+    pub(super) fn open(
+        directory: &Path,
+        library: Library,
+        network: NetworkId,
+    ) -> Result<(Self, mpsc::Receiver<Done>, Vec<Verified<RolloutFrame>>), StoreError> {
+        let store = Store::open(&directory.join("rollouts"), &network)?;
+        let frames = store.records(FRAMES)?.iter().filter_map(|(_, bytes)| decode(bytes, &network)).collect();
+        let (queue, jobs) = sync_channel(QUEUE);
+        let (done_tx, done) = mpsc::channel(QUEUE);
+        let evidence = directory.join("evidence");
+        let worker = Worker { store, library, network, evidence, done: done_tx };
+        let path = directory.to_owned();
+        std::thread::Builder::new()
+            .name("chorus-training".to_owned())
+            .spawn(move || worker.run(&jobs))
+            .map_err(|error| StoreError::Io { path, detail: error.to_string() })?;
+        Ok((Self { queue }, done, frames))
+    }
+
+    /// Asks for something, or gives it back when too much waits already: the disk does not keep up.
+    pub(super) fn submit(&self, job: Job) -> Result<(), Box<Job>> {
+        self.queue.try_send(job).map_err(|error| match error {
+            TrySendError::Full(job) | TrySendError::Disconnected(job) => Box::new(job),
+        })
+    }
+}
+
+struct Worker {
+    store: Store,
+    library: Library,
+    network: NetworkId,
+    /// Where evidence is kept.
+    evidence: PathBuf,
+    done: mpsc::Sender<Done>,
+}
+
+impl Worker {
+    fn run(&self, jobs: &Receiver<Job>) {
+        let mut next = None;
+        while let Some(job) = next.take().or_else(|| jobs.recv().ok()) {
+            match job {
+                Job::Persist { key, frame } => next = self.persist(vec![(key, frame)], jobs),
+                other => self.one(other),
+            }
+        }
+    }
+
+    fn one(&self, job: Job) {
+        match job {
+            Job::Keep(manifest) => {
+                if let Err(error) = self.library.keep(&manifest) {
+                    // Its chunks will not be stored either, and that is what the room hears of.
+                    tracing::warn!(%error, version = ?manifest.version, "a version's files cannot be made");
+                }
+            }
+            Job::Store { manifest, index, bytes } => {
+                let written = self.library.write_chunk(&manifest, index, &bytes);
+                if let Err(error) = &written {
+                    tracing::warn!(%error, version = ?manifest.version, index, "a chunk was not written; is the disk full?");
+                }
+                self.tell(Done::Stored { version: manifest.version, index, ok: written.is_ok() });
+            }
+            Job::Read { to, manifest, index } => {
+                let bytes = self.library.read_chunk(&manifest, index).ok();
+                self.tell(Done::Read { to, version: manifest.version, index, bytes });
+            }
+            Job::Forget(version) => {
+                if let Err(error) = self.library.forget(version) {
+                    tracing::warn!(%error, ?version, "a version was not deleted");
+                }
+            }
+            Job::Persist { key, frame } => {
+                self.persist(vec![(key, frame)], &sync_channel(0).1);
+            }
+            Job::Load(key) => {
+                let bytes = self.store.record(FRAMES, &bytes_of(key)).ok().flatten();
+                let frame = bytes.and_then(|bytes| decode(&bytes, &self.network));
+                self.tell(Done::Loaded { key, frame });
+            }
+            Job::Evidence { sampler, group, member } => self.keep_evidence(sampler, group, member),
+            Job::Delete(keys) => {
+                let records = keys.into_iter().map(|key| record(key, None)).collect();
+                let batch = Batch { records, durability: Durability::Relaxed, ..Batch::default() };
+                if let Err(error) = self.store.apply(&batch) {
+                    tracing::warn!(%error, "frames were not deleted");
+                }
+            }
+        }
+    }
+
+    /// Writes a frame and those that wait right behind it, with one sync. Returns the job that follows them, if it came already.
+    fn persist(&self, mut frames: Vec<(FrameKey, Verified<RolloutFrame>)>, jobs: &Receiver<Job>) -> Option<Job> {
+        let mut next = None;
+        while frames.len() < MAX_GROUP {
+            match jobs.try_recv() {
+                Ok(Job::Persist { key, frame }) => frames.push((key, frame)),
+                Ok(other) => {
+                    next = Some(other);
+                    break;
+                }
+                Err(_) => break,
+            }
+        }
+        let records = frames.iter().map(|(key, frame)| record(*key, Some(codec::encode(&frame.to_wire())))).collect();
+        let written = self.store.apply(&Batch { records, durability: Durability::Synced, ..Batch::default() });
+        if let Err(error) = &written {
+            tracing::warn!(%error, frames = frames.len(), "rollouts were not written; is the disk full?");
+        }
+        for (key, _) in frames {
+            self.tell(Done::Persisted { key, ok: written.is_ok() });
+        }
+        next
+    }
+
+    /// The frames that are on disk are few, and samplers are seldom convicted, so they are simply all looked at.
+    fn keep_evidence(&self, sampler: NodeId, group: GroupId, member: u16) {
+        let holds = |frame: &Verified<RolloutFrame>| {
+            let mut rollouts = frame.rollouts();
+            frame.author() == sampler && rollouts.any(|rollout| (rollout.group(), rollout.member()) == (group, member))
+        };
+        let frames = self.store.records(FRAMES).unwrap_or_default();
+        let frame = frames.iter().filter_map(|(_, bytes)| decode(bytes, &self.network)).find(holds);
+        let Some(frame) = frame else {
+            return tracing::warn!(sampler = %sampler.fmt_short(), "the frame that convicts it is not on disk any more");
+        };
+        let path = self.evidence.join(format!("{}-{}-{member}.rollouts", sampler.fmt_short(), group.0));
+        let kept =
+            fs::create_dir_all(&self.evidence).and_then(|()| write_whole(&path, &codec::encode(&frame.to_wire())));
+        match kept {
+            Ok(()) => tracing::warn!(sampler = %sampler, path = %path.display(), "what it signed is kept as evidence"),
+            Err(error) => tracing::warn!(%error, path = %path.display(), "the evidence was not kept"),
+        }
+    }
+
+    /// A room that is gone needs no answer.
+    fn tell(&self, done: Done) {
+        let _ = self.done.blocking_send(done);
+    }
+}
+
+fn bytes_of(key: FrameKey) -> Vec<u8> {
+    [key.sampler.as_bytes().as_slice(), &key.sequence.to_be_bytes()].concat()
+}
+
+fn record(key: FrameKey, value: Option<Vec<u8>>) -> Record {
+    Record { table: FRAMES, key: bytes_of(key), value }
+}
+
+/// Only what was verified is written, and RocksDB sums what it keeps, so the signature is not checked again.
+fn decode(bytes: &[u8], network: &NetworkId) -> Option<Verified<RolloutFrame>> {
+    codec::decode::<Received<RolloutFrame>>("rollouts", bytes, MAX_FRAME_VALUE).ok()?.trust_own_disk(network).ok()
+}

@@ -1,0 +1,309 @@
+//! The loop of a training room.
+
+use std::time::{Duration, Instant};
+
+use chorus_machine::Time;
+use chorus_net::{BulkEvent, NetHandle, SessionId};
+use chorus_protocol::policy::Manifest;
+use chorus_protocol::rollout::Bulk;
+use chorus_protocol::{Admitted, Hash, NodeId};
+use chorus_rollout::broadcast::BroadcastInput;
+use chorus_rollout::sampler::SamplerInput;
+use chorus_trainer::train::Curve;
+use serde_json::Value;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::commons::Commons;
+use super::disk::Done;
+use super::learning::Learned;
+use super::sampler::{Drawn, SamplerRole};
+use super::trainer::TrainerRole;
+
+/// How often other holders of the policy are looked for: soon at first, then now and then.
+const SEEK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
+/// The longest sleep: a guard against a deadline that was forgotten.
+const MAX_SLEEP: Duration = Duration::from_secs(1);
+
+/// What the API asks of a room.
+pub(super) enum Ask {
+    Status(oneshot::Sender<Value>),
+    Curve(oneshot::Sender<Option<Curve>>),
+}
+
+/// Where inputs come from.
+pub(super) struct Sources {
+    pub(super) events: mpsc::Receiver<BulkEvent>,
+    pub(super) disk_done: mpsc::Receiver<Done>,
+    pub(super) drawn: mpsc::Receiver<Drawn>,
+    pub(super) learned: Option<mpsc::Receiver<Learned>>,
+    pub(super) providers: mpsc::Receiver<(Hash, Vec<NodeId>)>,
+    pub(super) asks: mpsc::Receiver<Ask>,
+}
+
+/// What this node does for the policy.
+pub(super) enum Role {
+    Sampler(Box<SamplerRole>),
+    Trainer(Box<TrainerRole>),
+}
+
+/// See the module.
+pub(super) struct Room {
+    commons: Commons,
+    role: Role,
+    net: NetHandle,
+    sources: Sources,
+    /// The policy's name in the DHT.
+    place: Hash,
+    seek_at: Instant,
+    seek_every: Duration,
+}
+
+impl Room {
+    pub(super) fn new(commons: Commons, role: Role, net: NetHandle, sources: Sources) -> Self {
+        let policy = &commons.policy;
+        let parts: [&[u8]; 2] = [policy.owner.as_bytes(), policy.name.as_str().as_bytes()];
+        let place = Hash::derive("chorus policy providers v1", &parts);
+        Self { commons, role, net, sources, place, seek_at: Instant::now() + SEEK.0, seek_every: SEEK.0 }
+    }
+
+    /// Runs until the shutdown token fires.
+    pub(super) async fn run(mut self, shutdown: CancellationToken) {
+        self.begin().await;
+        loop {
+            let wake = self.sleep();
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => break,
+                Some(ask) = self.sources.asks.recv() => self.answer(ask),
+                Some(done) = self.sources.disk_done.recv() => self.disk_done(done),
+                Some(learned) = next(&mut self.sources.learned) => self.learned(learned),
+                Some(drawn) = self.sources.drawn.recv() => self.drawn(drawn),
+                Some((key, nodes)) = self.sources.providers.recv() => {
+                    if key == self.place {
+                        self.commons.sessions.providers(&nodes);
+                    }
+                }
+                Some(event) = self.sources.events.recv() => self.on_bulk(event),
+                () = tokio::time::sleep(wake) => {}
+            }
+            self.on_time();
+        }
+    }
+
+    async fn begin(&mut self) {
+        let library = self.commons.library.clone();
+        let owner = self.commons.is_owner();
+        // Hashing what is there may take a while; nothing is connected yet, so nobody waits.
+        let found = tokio::task::spawn_blocking(move || {
+            if !owner {
+                return library.scan();
+            }
+            // The owner makes its newest version anew from the checkpoint; nobody needs the others.
+            for manifest in library.manifests() {
+                if let Err(error) = library.forget(manifest.version) {
+                    tracing::warn!(%error, "an old version was not deleted");
+                }
+            }
+            Vec::new()
+        });
+        let newest = self.commons.resume(found.await.unwrap_or_default());
+        match &mut self.role {
+            Role::Sampler(role) => role.load(&self.commons, newest.into_iter().collect()),
+            Role::Trainer(role) => role.begin(&mut self.commons),
+        }
+        let _ = self.net.provide(self.place);
+    }
+
+    fn deadline(&self) -> Option<Time> {
+        let role = match &self.role {
+            Role::Sampler(role) => role.deadline(),
+            Role::Trainer(role) => role.deadline(),
+        };
+        chorus_machine::earliest(role, chorus_machine::Machine::deadline(&self.commons.broadcast))
+    }
+
+    fn sleep(&self) -> Duration {
+        let machines = self.deadline().map(|deadline| self.commons.until(deadline));
+        let away = |at: Instant| at.saturating_duration_since(Instant::now());
+        let sessions = self.commons.sessions.wakes_at().map(away);
+        let least = [machines, sessions, Some(away(self.seek_at))].into_iter().flatten().min();
+        least.unwrap_or(MAX_SLEEP).min(MAX_SLEEP)
+    }
+
+    /// Does what is due.
+    fn on_time(&mut self) {
+        let now = Instant::now();
+        if self.deadline().is_some_and(|deadline| self.commons.until(deadline).is_zero()) {
+            let ready = self.commons.expire();
+            self.take_ready(ready);
+            match &mut self.role {
+                Role::Sampler(role) => role.expire(&mut self.commons),
+                Role::Trainer(role) => role.expire(&mut self.commons),
+            }
+        }
+        if self.seek_at <= now {
+            let _ = self.net.find_providers(self.place);
+            self.seek_at = now + self.seek_every;
+            self.seek_every = (self.seek_every * 2).min(SEEK.1);
+        }
+        self.commons.sessions.pump(now);
+    }
+
+    fn take_ready(&mut self, ready: Vec<Admitted<Manifest>>) {
+        if let Role::Sampler(role) = &mut self.role {
+            role.load(&self.commons, ready);
+        }
+    }
+
+    fn disk_done(&mut self, done: Done) {
+        match self.commons.disk_done(done) {
+            Ok(ready) => self.take_ready(ready),
+            Err(done) => match &mut self.role {
+                Role::Sampler(role) => role.disk_done(&mut self.commons, done),
+                Role::Trainer(role) => role.disk_done(&mut self.commons, done),
+            },
+        }
+    }
+
+    fn learned(&mut self, learned: Learned) {
+        if let Role::Trainer(role) = &mut self.role {
+            role.learned(&mut self.commons, learned);
+        }
+    }
+
+    fn drawn(&mut self, drawn: Drawn) {
+        if let Role::Sampler(role) = &mut self.role {
+            role.drawn(&mut self.commons, drawn);
+        }
+    }
+
+    fn on_bulk(&mut self, event: BulkEvent) {
+        match event {
+            BulkEvent::Opened { session, node, way, inbound } => self.opened(session, node, way, inbound),
+            BulkEvent::Message { session, node, message } if self.commons.sessions.is_current(session, node) => {
+                self.message(node, message);
+            }
+            // What a session that was replaced still brings is said again on the one that took its place.
+            BulkEvent::Message { .. } => {}
+            BulkEvent::Sent { token, .. } => {
+                let ready = self.commons.sent(token);
+                self.take_ready(ready);
+            }
+            BulkEvent::Closed { session, node, reason } => {
+                tracing::debug!(node = %node.fmt_short(), ?reason, "a bulk session ended");
+                if self.commons.sessions.closed(session, node) {
+                    self.gone(node);
+                }
+            }
+        }
+    }
+
+    fn opened(&mut self, session: SessionId, node: NodeId, way: chorus_net::Way, inbound: bool) {
+        if self.commons.sessions.opened(session, node, way, inbound) {
+            self.gone(node);
+        }
+        if inbound {
+            return;
+        }
+        match &mut self.role {
+            Role::Sampler(role) if node == self.commons.policy.owner => {
+                role.tell(&mut self.commons, SamplerInput::Connected)
+            }
+            _ => self.commons.greet(node),
+        }
+    }
+
+    fn gone(&mut self, node: NodeId) {
+        let ready = self.commons.peer_down(node);
+        self.take_ready(ready);
+        match &mut self.role {
+            Role::Sampler(role) if node == self.commons.policy.owner => {
+                role.tell(&mut self.commons, SamplerInput::Disconnected);
+            }
+            Role::Sampler(_) => {}
+            Role::Trainer(role) => role.tell(&mut self.commons, chorus_rollout::buffer::BufferInput::Gone(node)),
+        }
+    }
+
+    fn message(&mut self, node: NodeId, message: Bulk) {
+        if let Bulk::Hello(hello) = &message {
+            if hello.policy != self.commons.policy {
+                tracing::debug!(node = %node.fmt_short(), policy = %hello.policy, "it speaks of another policy");
+                return self.commons.sessions.close(node);
+            }
+            if self.commons.sessions.greeted(node) {
+                self.greeted(node, message);
+            }
+            return;
+        }
+        if is_about_weights(&message) {
+            let ready = self.commons.tell(BroadcastInput::Message { from: node, message });
+            return self.take_ready(ready);
+        }
+        match &mut self.role {
+            Role::Sampler(role) if node == self.commons.policy.owner => {
+                role.tell(&mut self.commons, SamplerInput::Message(message));
+            }
+            Role::Sampler(_) => {}
+            Role::Trainer(role) => role.message(&mut self.commons, node, message),
+        }
+    }
+
+    fn greeted(&mut self, node: NodeId, hello: Bulk) {
+        match &mut self.role {
+            Role::Trainer(role) => role.message(&mut self.commons, node, hello),
+            Role::Sampler(role) if node == self.commons.policy.owner => {
+                role.tell(&mut self.commons, SamplerInput::Message(hello));
+            }
+            Role::Sampler(_) => self.commons.greet(node),
+        }
+        let ready = self.commons.peer_up(node);
+        self.take_ready(ready);
+    }
+
+    fn answer(&self, ask: Ask) {
+        // Whoever asked may have gone meanwhile.
+        match ask {
+            Ask::Status(reply) => {
+                let mut status = self.commons.status();
+                let own = match &self.role {
+                    Role::Sampler(role) => role.status(),
+                    Role::Trainer(role) => role.status(),
+                };
+                if let (Some(all), Some(own)) = (status.as_object_mut(), own.as_object()) {
+                    all.extend(own.clone());
+                }
+                let _ = reply.send(status);
+            }
+            Ask::Curve(reply) => {
+                let curve = match &self.role {
+                    Role::Trainer(role) => Some(role.curve().clone()),
+                    Role::Sampler(_) => None,
+                };
+                let _ = reply.send(curve);
+            }
+        }
+    }
+}
+
+/// A room without a learner never hears of one.
+async fn next(learned: &mut Option<mpsc::Receiver<Learned>>) -> Option<Learned> {
+    match learned {
+        Some(learned) => learned.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+const fn is_about_weights(message: &Bulk) -> bool {
+    matches!(
+        message,
+        Bulk::Announce(_)
+            | Bulk::Have { .. }
+            | Bulk::HaveOne { .. }
+            | Bulk::WantChunks { .. }
+            | Bulk::Cancel { .. }
+            | Bulk::Chunk { .. }
+            | Bulk::NoChunk { .. }
+    )
+}

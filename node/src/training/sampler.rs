@@ -1,0 +1,232 @@
+//! The sampler's role in a room: what `chorus_rollout::sampler` wants done is done here.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use chorus_engine::{EngineError, Order, VersionedEngine};
+use chorus_machine::{Machine, Outbox};
+use chorus_protocol::policy::{Manifest, Version};
+use chorus_protocol::rollout::{Bulk, Rollout};
+use chorus_protocol::{Admitted, NodeId};
+use chorus_rollout::broadcast::BroadcastInput;
+use chorus_rollout::buffer::FrameKey;
+use chorus_rollout::sampler::{Sampler, SamplerAwaits, SamplerEffect, SamplerInput};
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+use super::commons::Commons;
+use super::disk::{Done, Job};
+use super::sampling::{self, Member};
+
+/// What comes back from the engine.
+pub(super) enum Drawn {
+    /// A member is sampled.
+    Sampled(Box<Rollout>),
+    /// A member could not be.
+    Failed { member: Member, why: String },
+    /// A version serves, or never will.
+    Loaded { version: Version, step: u64, result: Result<(), String> },
+}
+
+/// See the module.
+pub(super) struct SamplerRole {
+    sampler: Sampler,
+    engine: Arc<VersionedEngine>,
+    drawn: mpsc::Sender<Drawn>,
+    counted: u64,
+    refused: u64,
+    lost: u64,
+    tokens: u64,
+    /// The version that is being loaded.
+    loading: Option<Version>,
+    /// Why the newest version does not serve.
+    trouble: Option<String>,
+}
+
+impl SamplerRole {
+    pub(super) fn new(sampler: Sampler, engine: Arc<VersionedEngine>, drawn: mpsc::Sender<Drawn>) -> Self {
+        let (loading, trouble) = (None, None);
+        Self { sampler, engine, drawn, counted: 0, refused: 0, lost: 0, tokens: 0, loading, trouble }
+    }
+
+    pub(super) fn deadline(&self) -> Option<chorus_machine::Time> {
+        self.sampler.deadline()
+    }
+
+    pub(super) fn expire(&mut self, room: &mut Commons) {
+        let mut out = Outbox::new();
+        room.with(|cx| self.sampler.expire(cx, &mut out));
+        self.carry_out(room, out);
+    }
+
+    pub(super) fn tell(&mut self, room: &mut Commons, input: SamplerInput) {
+        let mut out = Outbox::new();
+        room.with(|cx| self.sampler.handle(cx, input, &mut out));
+        self.carry_out(room, out);
+    }
+
+    fn carry_out(&mut self, room: &mut Commons, mut out: Outbox<SamplerEffect>) {
+        let mut effects: VecDeque<SamplerEffect> = out.drain().collect();
+        while let Some(effect) = effects.pop_front() {
+            let Some(input) = self.one(room, effect) else { continue };
+            let mut out = Outbox::new();
+            room.with(|cx| self.sampler.handle(cx, input, &mut out));
+            effects.extend(out.drain());
+        }
+    }
+
+    /// Does one thing. Returns what the machine has to hear at once.
+    fn one(&mut self, room: &mut Commons, effect: SamplerEffect) -> Option<SamplerInput> {
+        let own = |sequence| FrameKey { sampler: room.me, sequence };
+        match effect {
+            SamplerEffect::Send(message) => {
+                if matches!(message, Bulk::Hello(_)) {
+                    room.sessions.must_greet(room.policy.owner);
+                }
+                room.sessions.send(room.policy.owner, &message, None);
+            }
+            SamplerEffect::Start { group, member, environment, seed, .. } => {
+                self.start(room.me, Member { group, member, environment, seed });
+            }
+            SamplerEffect::Refresh { version, .. } => {
+                let ready = room.tell(BroadcastInput::Prefer(version));
+                self.load(room, ready);
+            }
+            SamplerEffect::Persist { sequence, frame } => {
+                let asked = room.disk.submit(Job::Persist { key: own(sequence), frame });
+                return asked.is_err().then_some(SamplerInput::PersistFailed(sequence));
+            }
+            SamplerEffect::Load(sequence) => {
+                let asked = room.disk.submit(Job::Load(own(sequence)));
+                return asked.is_err().then_some(SamplerInput::Loaded { sequence, frame: None });
+            }
+            SamplerEffect::Forget(sequence) => {
+                let _ = room.disk.submit(Job::Delete(vec![own(sequence)]));
+            }
+            SamplerEffect::Counted { taken, refused, .. } => {
+                self.counted += u64::from(taken);
+                self.refused += refused.iter().map(|(_, many)| u64::from(*many)).sum::<u64>();
+                for (reason, many) in refused {
+                    tracing::debug!(many, ?reason, "rollouts do not count");
+                }
+            }
+            SamplerEffect::Lost { rollouts, reason } => {
+                self.lost += u64::from(rollouts);
+                tracing::debug!(rollouts, ?reason, "rollouts will not be delivered");
+            }
+        }
+        None
+    }
+
+    fn start(&self, me: NodeId, member: Member) {
+        let (engine, drawn) = (Arc::clone(&self.engine), self.drawn.clone());
+        tokio::spawn(async move {
+            // A panic in an environment or an engine is one member that failed, and nothing else.
+            let work = tokio::spawn(sampling::sample(engine, me, member.clone()));
+            let result = work.await.unwrap_or_else(|error| Err(error.to_string()));
+            let result = match result {
+                Ok(rollout) => Drawn::Sampled(Box::new(rollout)),
+                Err(why) => Drawn::Failed { member, why },
+            };
+            // The room is gone when the process ends, and then nobody waits for this.
+            let _ = drawn.send(result).await;
+        });
+    }
+
+    /// Takes in what the engine brought.
+    pub(super) fn drawn(&mut self, room: &mut Commons, drawn: Drawn) {
+        match drawn {
+            Drawn::Sampled(rollout) => {
+                self.tokens += rollout.completion.len() as u64;
+                self.tell(room, SamplerInput::Sampled(*rollout));
+            }
+            Drawn::Failed { member: Member { group, member, .. }, why } => {
+                tracing::warn!(%why, group = group.0, member, "not sampled");
+                self.tell(room, SamplerInput::Failed { group, member });
+            }
+            Drawn::Loaded { version, step, result } => {
+                if self.loading == Some(version) {
+                    self.loading = None;
+                }
+                match result {
+                    Ok(()) => {
+                        self.trouble = None;
+                        tracing::debug!(?version, step, "serving");
+                        self.tell(room, SamplerInput::Serving { version, step });
+                    }
+                    Err(why) => {
+                        tracing::error!(?version, step, %why, "this version does not serve");
+                        self.trouble = Some(format!("version {version:?} (step {step}) does not serve: {why}"));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes in what the disk did. Chunks are the room's own affair.
+    pub(super) fn disk_done(&mut self, room: &mut Commons, done: Done) {
+        match done {
+            Done::Persisted { key, ok: true } => self.tell(room, SamplerInput::Persisted(key.sequence)),
+            Done::Persisted { key, ok: false } => self.tell(room, SamplerInput::PersistFailed(key.sequence)),
+            Done::Loaded { key, frame } => self.tell(room, SamplerInput::Loaded { sequence: key.sequence, frame }),
+            Done::Stored { .. } | Done::Read { .. } => {}
+        }
+    }
+
+    /// Loads versions that are whole, beside the one that serves.
+    pub(super) fn load(&mut self, room: &Commons, ready: Vec<Admitted<Manifest>>) {
+        for manifest in ready {
+            let (version, step) = (manifest.version, manifest.step);
+            let (engine, drawn, directory) =
+                (Arc::clone(&self.engine), self.drawn.clone(), room.library.directory(version));
+            self.loading = Some(version);
+            tokio::spawn(async move {
+                let result = match engine.load(version, step, &directory, Order::Forward).await {
+                    // A newer one was faster, and told of itself.
+                    Err(EngineError::OlderVersion { .. }) => return,
+                    Ok(_) => Ok(()),
+                    Err(error) => Err(error.to_string()),
+                };
+                let _ = drawn.send(Drawn::Loaded { version, step, result }).await;
+            });
+        }
+    }
+
+    /// Returns where it stands.
+    pub(super) fn status(&self) -> Value {
+        let status = self.sampler.status();
+        json!({
+            "role": "sampler",
+            "serving": status.serving.map(|(version, step)| json!({ "version": version, "step": step })),
+            "waits_for": self.waits_for(&status.awaits),
+            "running": status.running,
+            "queued": status.queued,
+            "spooled_frames": status.spooled.0,
+            "spooled_bytes": status.spooled.1,
+            "credit_until": status.credit.map(|credit| credit.until),
+            "trainer_step": status.credit.map(|credit| credit.step),
+            "counted": self.counted,
+            "refused": self.refused,
+            "lost": self.lost,
+            "tokens": self.tokens,
+        })
+    }
+
+    fn waits_for(&self, awaits: &SamplerAwaits) -> String {
+        if let Some(trouble) = &self.trouble {
+            return trouble.clone();
+        }
+        match awaits {
+            SamplerAwaits::Nothing => "nothing: every slot is busy".to_owned(),
+            SamplerAwaits::Trainer => "the connection to the trainer".to_owned(),
+            SamplerAwaits::Work => "work: the trainer has enough under way".to_owned(),
+            SamplerAwaits::Version { step, exactly } => match (self.loading, exactly) {
+                (Some(version), _) => format!("version {version:?} to load"),
+                (None, Some(version)) => format!("version {version:?} of step {step} to arrive"),
+                (None, None) => format!("a version of step {step} or later to arrive"),
+            },
+            SamplerAwaits::Spool => "the trainer to acknowledge frames: the spool is full".to_owned(),
+            SamplerAwaits::Disk => "the disk to take frames; is it full?".to_owned(),
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! A policy that is trained by one process and sampled by others: it learns, and it outlives whoever is killed.
+
+use std::path::{Path, PathBuf};
+
+use chorus_tests::{Node, NodeOptions, Swarm, wait_for};
+use serde_json::{Value, json};
+
+use crate::input::in_dir;
+
+/// The tiny policy that lies in the tree.
+fn ready() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/trainer/policies/arithmetic-2")
+}
+
+/// Small updates, so that a test sees many of them.
+fn trainer(more: &str) -> NodeOptions {
+    let config = format!(
+        "[trainer]\npolicy = \"lesson\"\nfrom = \"{}\"\nbatch = 4\nmembers = 4\nevaluate_every = 1000\n{more}",
+        ready().display()
+    );
+    NodeOptions { config, ..NodeOptions::asker() }
+}
+
+fn sampler(trainer: &Node) -> NodeOptions {
+    NodeOptions { args: vec!["--sample".into(), format!("lesson@{}", trainer.id())], ..NodeOptions::asker() }
+}
+
+fn training(node: &Node) -> Option<Value> {
+    let (status, room) = node.get("/v1/training");
+    (status == 200).then_some(room)
+}
+
+fn step(node: &Node) -> u64 {
+    training(node).and_then(|room| room["step"].as_u64()).unwrap_or_default()
+}
+
+fn wait_step(node: &Node, least: u64) {
+    wait_for(&format!("step {least}; the trainer said {:?}", training(node)), || (step(node) >= least).then_some(()));
+}
+
+fn serving(node: &Node) -> u64 {
+    training(node).and_then(|room| room["serving"]["step"].as_u64()).unwrap_or_default()
+}
+
+#[test]
+fn samplers_follow_the_trainer_and_every_update_uses_what_they_sampled() {
+    let mut swarm = Swarm::new("it-training");
+    let teacher = swarm.start(&trainer("staleness = 2"));
+    let room =
+        wait_for("the first version", || training(&swarm.nodes[teacher]).filter(|room| room["published"].is_object()));
+    assert!(room["learner"]["waits_for"].as_str().unwrap().contains("a sampler"), "{room}");
+    let options = sampler(&swarm.nodes[teacher]);
+    let pupils = [swarm.start(&options), swarm.start(&options)];
+    wait_step(&swarm.nodes[teacher], 6);
+    for pupil in pupils {
+        wait_for("a sampler that follows", || (serving(&swarm.nodes[pupil]) >= 4).then_some(()));
+        let room = training(&swarm.nodes[pupil]).unwrap();
+        assert!(room["counted"].as_u64().unwrap() > 0, "each of them is of use: {room}");
+        assert_eq!(room["refused"], 0, "nobody samples in vain: {room}");
+    }
+    let room = training(&swarm.nodes[teacher]).unwrap();
+    assert_eq!(room["used"].as_u64().unwrap() % 16, 0, "updates of 4 groups of 4: {room}");
+    assert!(room["lags"].as_array().unwrap()[3..].iter().all(|lag| *lag == json!(0)), "none beyond S = 2: {room}");
+    assert_eq!(
+        (&room["audit"]["struck"], room["audit"]["recomputed"].as_u64().unwrap() > 0),
+        (&json!(0), true),
+        "{room}"
+    );
+    let ways: Vec<&str> =
+        room["connected"].as_array().unwrap().iter().filter_map(|node| node["way"].as_str()).collect();
+    assert_eq!(ways, ["Quic", "Quic"], "{room}");
+    let curve = swarm.nodes[teacher].get_text("/v1/training/curve?form=csv");
+    assert!(curve.lines().count() >= 7, "{curve}");
+    let verified = swarm.nodes[pupils[0]].command(&["policy", "verify"]).output().unwrap();
+    let verified = String::from_utf8_lossy(&verified.stdout).into_owned();
+    assert!(verified.contains("whole"), "{verified}");
+}
+
+#[test]
+fn in_the_sequential_mode_every_update_uses_its_own_weights() {
+    let mut swarm = Swarm::new("it-sequential");
+    let teacher = swarm.start(&trainer("sequential = true"));
+    let options = sampler(&swarm.nodes[teacher]);
+    swarm.start(&options);
+    wait_step(&swarm.nodes[teacher], 3);
+    let room = training(&swarm.nodes[teacher]).unwrap();
+    let lags = room["lags"].as_array().unwrap();
+    assert!(lags[0].as_u64().unwrap() >= 48 && lags[1..].iter().all(|lag| *lag == json!(0)), "{room}");
+}
+
+#[test]
+fn a_killed_sampler_is_replaced_and_takes_part_again_when_it_is_back() {
+    let mut swarm = Swarm::new("it-sampler-killed");
+    let teacher = swarm.start(&trainer("staleness = 2"));
+    let options = sampler(&swarm.nodes[teacher]);
+    let pupils = [swarm.start(&options), swarm.start(&options)];
+    wait_step(&swarm.nodes[teacher], 3);
+    swarm.nodes[pupils[0]].kill();
+    let then = step(&swarm.nodes[teacher]);
+    wait_step(&swarm.nodes[teacher], then + 3);
+    swarm.restart(pupils[0]);
+    wait_for("rollouts of the one that is back", || {
+        (training(&swarm.nodes[pupils[0]])?["counted"].as_u64()? > 0).then_some(())
+    });
+}
+
+#[test]
+fn a_killed_trainer_goes_on_where_its_checkpoint_is() {
+    let mut swarm = Swarm::new("it-trainer-killed");
+    let teacher = swarm.start(&trainer("staleness = 2"));
+    let options = sampler(&swarm.nodes[teacher]);
+    let pupil = swarm.start(&options);
+    wait_step(&swarm.nodes[teacher], 4);
+    swarm.nodes[teacher].kill();
+    wait_for("a sampler that says what it waits for", || {
+        let room = training(&swarm.nodes[pupil])?;
+        room["connected"].as_array()?.is_empty().then_some(())
+    });
+    swarm.restart(teacher);
+    let again = wait_for("the run that goes on", || {
+        training(&swarm.nodes[teacher]).filter(|room| room["published"].is_object())
+    });
+    assert!(again["step"].as_u64().unwrap() >= 3, "at most the update under way is done again: {again}");
+    let then = step(&swarm.nodes[teacher]);
+    wait_step(&swarm.nodes[teacher], then + 3);
+    wait_for("a sampler that follows", || (serving(&swarm.nodes[pupil]) > then).then_some(()));
+    let steps: Vec<u64> = swarm.nodes[teacher]
+        .get_text("/v1/training/curve?form=csv")
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split(',').next()?.parse().ok())
+        .collect();
+    assert!(steps.windows(2).all(|pair| pair[0] + 1 == pair[1]), "one curve, every step once: {steps:?}");
+}
+
+#[test]
+fn a_damaged_version_is_not_served_and_is_fetched_again() {
+    let mut swarm = Swarm::new("it-damaged");
+    let teacher = swarm.start(&trainer("staleness = 2\nsteps = 2"));
+    let options = sampler(&swarm.nodes[teacher]);
+    let pupil = swarm.start(&options);
+    wait_for("the last version", || (serving(&swarm.nodes[pupil]) == 2).then_some(()));
+    swarm.nodes[pupil].kill();
+    let policies = swarm.nodes[pupil].dir().join("policies");
+    let library = std::fs::read_dir(&policies).unwrap().next().unwrap().unwrap().path();
+    for entry in std::fs::read_dir(&library).unwrap().map(|entry| entry.unwrap().path()) {
+        let weights = entry.join("model.safetensors");
+        if let Ok(mut bytes) = std::fs::read(&weights) {
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 0x55;
+            std::fs::write(&weights, bytes).unwrap();
+        }
+    }
+    let told = swarm.nodes[pupil].command(&["policy", "verify"]).output().unwrap();
+    assert_eq!(told.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&told.stdout).contains("damaged"), "{told:?}");
+    swarm.restart(pupil);
+    wait_for("the version to serve again", || (serving(&swarm.nodes[pupil]) == 2).then_some(()));
+    let told = swarm.nodes[pupil].command(&["policy", "verify"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&told.stdout).contains("whole"), "{told:?}");
+}
+
+#[test]
+fn what_a_trainer_cannot_begin_with_is_said_at_once() {
+    for (config, told) in [
+        ("[trainer]\npolicy = \"p\"\nfrom = \"/nowhere\"\n", "no policy to begin with"),
+        ("[trainer]\npolicy = \"p\"\nenvironments = [\"chess-1\"]\n", "no environment"),
+        ("[trainer]\npolicy = \"p\"\n[sampler]\npolicy = \"q@did:key:z6Mk\"\n", "not both"),
+        ("[sampler]\npolicy = \"nobody\"\n", "is no policy"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("chorus.toml"), config).unwrap();
+        let (code, said) = in_dir(&dir, &["--model", "none", "--bulk", "127.0.0.1:0", "node", "run"]);
+        assert!(code == 2 && said.contains(told), "{code}: {said}");
+    }
+}
