@@ -48,8 +48,8 @@ pub struct Tolerance {
 }
 
 impl Default for Tolerance {
-    /// What [`Tolerance::calibrate`] gave for tiny policies, sampled by mistral.rs and computed again by candle, both in single
-    /// precision on a CPU (`scripts/bench cheaters` measures it again).
+    /// Three times what [`Tolerance::calibrate`] gives for tiny policies that mistral.rs samples and candle computes again, both in
+    /// single precision on one processor (`scripts/bench cheaters` measures it): another processor adds in another order.
     fn default() -> Self {
         Self { token: 2e-4, mean: 1e-4 }
     }
