@@ -8,8 +8,6 @@
 //! 2. *Swaps*: versions with slightly different weights are written to disk and loaded one after the other while callers
 //!    go on asking. Every answer must be the one that the version it names gives alone: the others are *mixed*. Requests
 //!    that fail are *dropped*.
-//!
-//! A policy this small is computed fastest by one thread: `RAYON_NUM_THREADS=1 TOKIO_WORKER_THREADS=1`.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a benchmark may stop at the first fault")]
 
 use std::{

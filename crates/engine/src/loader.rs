@@ -9,6 +9,10 @@
 //! to evict (`prefix_cacher.rs`, `evict_caches`), so on the CPU it keeps the key-value cache of every
 //! finished request for ever. Without it the answer to a prompt also cannot depend on the prompts
 //! that came before.
+//!
+//! Weights stored in single precision are computed in it on a CPU. Left alone, mistral.rs would round them to half
+//! precision, which is slower there, and the log-probabilities of a policy under training would be up to a fiftieth off its
+//! trainer's.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -16,7 +20,7 @@ use std::{
     sync::Arc,
 };
 
-use mistralrs::{GgufModelBuilder, Model, Request, TextModelBuilder};
+use mistralrs::{GgufModelBuilder, Model, ModelDType, Request, TextModelBuilder};
 use tokio::sync::mpsc;
 
 use crate::{EngineError, ModelSource, source};
@@ -57,9 +61,13 @@ pub(crate) async fn load(spec: &LoadSpec) -> Result<Loaded, EngineError> {
 }
 
 fn load_blocking(spec: &LoadSpec) -> Result<Loaded, EngineError> {
+    let mut dtype = ModelDType::Auto;
     if !matches!(spec.source, ModelSource::Hub(_)) {
         let inspection = source::inspect(&spec.source)?;
         check_memory(inspection.bytes, available_memory())?;
+        if inspection.quantisation == "F32" && (spec.force_cpu || !cfg!(any(feature = "cuda", feature = "metal"))) {
+            dtype = ModelDType::F32;
+        }
     }
     // mistral.rs runs a request of its own when it is built on a multi-threaded runtime; the
     // calibration does that job here.
@@ -67,7 +75,7 @@ fn load_blocking(spec: &LoadSpec) -> Result<Loaded, EngineError> {
         .enable_all()
         .build()
         .map_err(|error| EngineError::Crashed { detail: format!("no runtime: {error}") })?;
-    let model = runtime.block_on(build(spec)).map_err(|reason| failure(&spec.source, &reason))?;
+    let model = runtime.block_on(build(spec, dtype)).map_err(|reason| failure(&spec.source, &reason))?;
     let describe = |error: &dyn std::fmt::Display| failure(&spec.source, &error.to_string());
     let config = model.config().map_err(|error| describe(&error))?;
     let context = (config.max_seq_len)
@@ -78,7 +86,7 @@ fn load_blocking(spec: &LoadSpec) -> Result<Loaded, EngineError> {
     Ok(Loaded { model: Arc::new(model), requests, context, on_cpu })
 }
 
-async fn build(spec: &LoadSpec) -> Result<Model, String> {
+async fn build(spec: &LoadSpec, dtype: ModelDType) -> Result<Model, String> {
     let sequences = spec.max_concurrent.max(1);
     let built = match &spec.source {
         ModelSource::Gguf(path) => {
@@ -92,7 +100,7 @@ async fn build(spec: &LoadSpec) -> Result<Model, String> {
         }
         ModelSource::Directory(path) => {
             let dir = path.to_str().ok_or("its path is not UTF-8")?;
-            text_builder(dir, sequences, spec.force_cpu).build().await
+            text_builder(dir, sequences, spec.force_cpu).with_dtype(dtype).build().await
         }
         ModelSource::Hub(name) => text_builder(name, sequences, spec.force_cpu).build().await,
     };

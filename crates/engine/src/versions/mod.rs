@@ -44,7 +44,7 @@ use std::{
 use async_trait::async_trait;
 use chorus_protocol::policy::Version;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     Calibration, Chunk, Engine, EngineError, Finish, GenerateRequest, Generated, Load, MistralConfig, MistralEngine,
@@ -167,9 +167,14 @@ struct Served {
     step: u64,
     /// Token ids below this one exist.
     vocabulary: u32,
-    /// Tells that it is gone; dropped after the engine.
+    /// Tells whoever waits for it that its last request has ended.
     gone: CancellationToken,
-    _tell: DropGuard,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.gone.cancel();
+    }
 }
 
 /// Serves one policy: always whole versions, one after the other.
@@ -341,9 +346,7 @@ impl VersionedEngine {
         };
         let checking = blocking(move || fit::check(&directory));
         let (vocabulary, engine) = tokio::try_join!(checking, MistralEngine::open_sharing(config, &self.admission))?;
-        let gone = CancellationToken::new();
-        let _tell = gone.clone().drop_guard();
-        Ok(Served { engine, version, step, vocabulary, gone, _tell })
+        Ok(Served { engine, version, step, vocabulary, gone: CancellationToken::new() })
     }
 
     /// Makes a version the one that serves, and returns which one did.

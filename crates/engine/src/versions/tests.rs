@@ -3,6 +3,9 @@
 
 use std::sync::atomic::AtomicBool;
 
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::llama::{Cache, Llama, LlamaConfig};
 use chorus_protocol::Hash;
 use futures::future::join_all;
 use tempfile::TempDir;
@@ -353,6 +356,46 @@ async fn rollouts_are_whole_and_their_probabilities_are_those_that_scoring_gives
         assert_eq!((scored, by), (rollout.logprobs, version(0)), "temperature {temperature}");
     }
     assert!(stopped > 5 && cut > 5 && ended_at_once > 5, "{stopped} stopped, {cut} cut, {ended_at_once} at once");
+}
+
+/// The policy in plain candle, without a cache: in single precision, what its trainer computes.
+fn reference(prompt: &[u32], tokens: &[u32], dtype: DType) -> Vec<f32> {
+    let device = Device::Cpu;
+    let directory = Path::new(ARITHMETIC);
+    let config: LlamaConfig = serde_json::from_slice(&std::fs::read(directory.join("config.json")).unwrap()).unwrap();
+    let config = config.into_config(false);
+    let weights = std::fs::read(directory.join("model.safetensors")).unwrap();
+    let model = Llama::load(VarBuilder::from_buffered_safetensors(weights, dtype, &device).unwrap(), &config).unwrap();
+    let mut cache = Cache::new(false, dtype, &config, &device).unwrap();
+    let logprob = |(done, &token): (usize, &u32)| {
+        let context = [prompt, &tokens[..done]].concat();
+        let context = Tensor::new(context, &device).unwrap().unsqueeze(0).unwrap();
+        let logits = model.forward(&context, 0, &mut cache).unwrap();
+        let logits = logits.to_dtype(DType::F32).unwrap();
+        let logprobs = candle_nn::ops::log_softmax(&logits, candle_core::D::Minus1).unwrap();
+        logprobs.to_vec2::<f32>().unwrap()[0][token as usize]
+    };
+    tokens.iter().enumerate().map(logprob).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn probabilities_are_those_of_the_weights_as_they_are_stored() {
+    let engine = VersionedEngine::new(config());
+    engine.load(version(0), 0, Path::new(ARITHMETIC), Order::Forward).await.unwrap();
+    let farthest = |ours: &[f32], theirs: &[f32]| {
+        ours.iter().zip(theirs).map(|(ours, theirs)| (ours - theirs).abs()).fold(0.0_f32, f32::max)
+    };
+    let (mut single, mut half) = (0.0_f32, 0.0_f32);
+    for seed in 0..20 {
+        let prompt: Vec<u32> = format!("{}+{}=", 3 * seed, 5 * seed).bytes().map(u32::from).collect();
+        let sampling = Sampling::seeded(seed, 1.3);
+        let wanted = SampleRequest { prompt: prompt.clone(), max_tokens: 6, sampling, exactly: None };
+        let rollout = sample(&engine, wanted).await.unwrap();
+        single = single.max(farthest(&rollout.logprobs, &reference(&prompt, &rollout.tokens, DType::F32)));
+        half = half.max(farthest(&rollout.logprobs, &reference(&prompt, &rollout.tokens, DType::F16)));
+    }
+    println!("farthest from single precision {single:.1e}, from half precision {half:.1e}");
+    assert!(single < 1e-4 && half > 10.0 * single, "{single} {half}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
