@@ -34,15 +34,23 @@ impl Mean {
     }
 }
 
-/// How many come in a second.
+/// How many come in a second: how many come at a time, by how long that takes. A mean of rates would count a short pause for far too
+/// much: of two that come 50 ms apart every ten seconds, it makes ten a second.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Rate {
-    mean: Mean,
+    many: Mean,
+    span: Mean,
     last: Option<Time>,
     waiting: f64,
 }
 
 impl Rate {
+    /// Begins to measure: somebody who had nothing to do has something now. Without it the time before would count as work, and the
+    /// first two arrivals would say how fast somebody is who does several things at a time.
+    pub fn begin(&mut self, now: Time) {
+        (self.last, self.waiting) = (Some(now), 0.0);
+    }
+
     /// Counts `many` at `now`. Arrivals within 50 ms of each other count as one.
     pub fn add(&mut self, now: Time, many: u32) {
         self.waiting += f64::from(many);
@@ -52,7 +60,8 @@ impl Rate {
         };
         let span = now.since(last);
         if span >= Duration::from_millis(50) {
-            self.mean.add(self.waiting / span.as_secs_f64());
+            self.many.add(self.waiting);
+            self.span.add(span.as_secs_f64());
             (self.last, self.waiting) = (Some(now), 0.0);
         }
     }
@@ -60,7 +69,7 @@ impl Rate {
     /// Returns how many come in a second, once two arrivals were seen.
     #[must_use]
     pub fn per_second(self) -> Option<f64> {
-        self.mean.get()
+        Some(self.many.get()? / self.span.get()?)
     }
 }
 
@@ -135,5 +144,29 @@ mod tests {
             rate.add(Time::from_millis(ms + 1), 1);
         }
         assert!((rate.per_second().unwrap() - 20.0).abs() < 1.0, "{rate:?}");
+    }
+
+    #[test]
+    fn a_short_pause_makes_nobody_fast() {
+        // Two slots of ten seconds each, which end 100 ms apart: from the first such pair on it is known what that means.
+        let mut rate = Rate::default();
+        rate.begin(Time::ZERO);
+        for ms in (10_000..200_000).step_by(10_000) {
+            rate.add(Time::from_millis(ms), 1);
+            rate.add(Time::from_millis(ms + 100), 1);
+            assert!((0.05..0.4).contains(&rate.per_second().unwrap()), "{rate:?}");
+        }
+    }
+
+    #[test]
+    fn an_idle_hour_makes_nobody_slow() {
+        let mut rate = Rate::default();
+        for hour in [0, 3_600_000] {
+            rate.begin(Time::from_millis(hour));
+            for ms in (1_000..=5_000).step_by(1_000) {
+                rate.add(Time::from_millis(hour + ms), 1);
+            }
+        }
+        assert!((rate.per_second().unwrap() - 1.0).abs() < 1e-6, "{rate:?}");
     }
 }

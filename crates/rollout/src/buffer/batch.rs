@@ -1,26 +1,47 @@
 //! What the learner gets, and what it waits for.
 
+use std::collections::BTreeMap;
+
 use chorus_machine::{Outbox, Time};
 use chorus_protocol::NodeId;
 use chorus_protocol::rollout::{GroupId, Refusal};
 
-use super::group::Member;
+use super::group::{Group, Member};
 use super::{Batch, BatchGroup, Buffer, BufferEffect, LAGS, LearnerAwaits, Mode, Ready};
 
 impl Buffer {
+    /// Returns what a batch could use, and which groups it has to wait for.
+    ///
+    /// A group has to be used by the step `oldest + S`. When all updates up to a step have only just room for the groups that must be
+    /// used by then, this batch needs its share of them, also if others are complete; otherwise some would be too old in the end.
     fn ready(&self) -> Ready {
         let staleness = u64::from(self.cfg.staleness());
-        let mut complete = Vec::new();
         let mut ready = Ready::default();
+        let (mut complete, mut due) = (Vec::new(), BTreeMap::<u64, u64>::new());
         for (id, group) in &self.groups {
-            let oldest = group.oldest();
+            let Some(oldest) = group.oldest() else { continue };
+            *due.entry(oldest.saturating_add(staleness)).or_default() += 1;
             if group.is_ready() {
                 complete.push((oldest, *id));
-            } else if oldest.is_some_and(|oldest| oldest.saturating_add(staleness) <= self.step) {
-                ready.last_call.insert(*id);
             }
         }
         complete.sort_unstable();
+        let batch = u64::try_from(self.cfg.batch).unwrap_or(u64::MAX);
+        let (mut all, mut chosen) = (0, complete.iter().take(self.cfg.batch).peekable());
+        let mut have = 0;
+        for (by, groups) in due {
+            all += groups;
+            while chosen.next_if(|(oldest, _)| oldest.saturating_add(staleness) <= by).is_some() {
+                have += 1;
+            }
+            let later = batch.saturating_mul(by.saturating_sub(self.step));
+            if have < (all.saturating_sub(later)).min(batch) {
+                let late = |group: &Group| group.oldest().is_some_and(|oldest| oldest.saturating_add(staleness) <= by);
+                let missing = self.groups.iter().filter(|(_, group)| !group.is_ready() && late(group));
+                ready.last_call = missing.map(|(id, _)| *id).collect();
+                break;
+            }
+        }
         ready.complete = complete.into_iter().map(|(_, id)| id).collect();
         ready
     }

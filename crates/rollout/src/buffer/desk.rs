@@ -8,6 +8,7 @@ use chorus_protocol::rollout::{Assignment, Bulk, Credit, GroupId, Hello, Rollout
 use chorus_protocol::{List, NodeId};
 
 use super::group::{Group, Member};
+use super::sequences::Sequences;
 use super::{Buffer, BufferEffect, Mode};
 use crate::pacing::{Rate, floor};
 
@@ -39,16 +40,17 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// How many members it may have before it: twice what it does at a time, or what it does in [`LOOKAHEAD`].
+    /// How many members it may have before it: what it does at a time, and what it does in [`LOOKAHEAD`]. Whoever is slow, or not
+    /// known, gets nothing to keep waiting: others may be done with it sooner.
     fn room(&self) -> usize {
-        let slots = 2 * usize::from(self.slots);
+        let slots = usize::from(self.slots);
         let ahead = self.rate.per_second().map_or(0.0, |rate| rate * LOOKAHEAD.as_secs_f64());
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 0 and 65,536")]
-        let ahead = ahead.clamp(0.0, 65_536.0) as usize;
+        let ahead = ahead.ceil().clamp(0.0, 65_536.0) as usize;
         // Who let members lie is tried with one at a time.
         let most = match self.misses {
             _ if self.slots == 0 || self.gone.is_some() => 0,
-            0..MISSES => slots.max(ahead),
+            0..MISSES => slots + ahead,
             _ => 1,
         };
         most.saturating_sub(self.out.len())
@@ -86,7 +88,8 @@ impl Buffer {
             policy: self.cfg.policy.clone(),
             serving: self.published.map(|(version, step, _)| (version, step)),
             slots: 0,
-            first_unacknowledged: self.settled.get(&from).map_or(1, |settled| settled.through + 1),
+            // Numbers go on from here, should the sampler have lost its count: above all that is settled, not in a gap.
+            first_unacknowledged: self.settled.get(&from).map_or(1, Sequences::next),
             boot: 0,
         };
         out.push(BufferEffect::Send { to: from, message: Bulk::Hello(reply) });
@@ -244,6 +247,9 @@ impl Buffer {
             };
             let allowed = self.cfg.patience.max(Duration::from_secs_f64((session.wait() * PATIENCE).min(86_400.0)));
             *slot = Member::Out { to, since: now, deadline: now + allowed, floor };
+            if session.out.is_empty() {
+                session.rate.begin(now);
+            }
             session.out.insert((id, number));
             session.until += 1;
             given.push(to);

@@ -12,8 +12,8 @@
 //!    each complete, every rollout within the bound `S`.
 //! 2. Groups are opened only when they can be used within `S` ([`crate::pacing`]) and when there is room for all of their members, so a
 //!    sampler that does what it is told is never refused for lack of room, and never samples in vain.
-//! 3. A batch waits for a group that could not be used later (its *last call*), until its samplers' time is up. With `S = 0` every group
-//!    is on its last call, which makes it the sequential mode: [`Mode::Sequential`] differs only in that each assignment names the
+//! 3. A batch waits for a group that could not be used later (its *last call*): by then it is too old, or later updates have no room for
+//!    it. It waits until its samplers' time is up. With `S = 0` every group is on its last call, which makes it the sequential mode: [`Mode::Sequential`] differs only in that each assignment names the
 //!    very version and that groups are opened when the learner wants them.
 //! 4. A frame counts once: by its sampler's number, and each rollout by its place in its group. It is acknowledged when it is on disk.
 //! 5. Members of a sampler that is gone, late or gives up go to another. If both deliver, the first counts.
@@ -383,7 +383,8 @@ impl Buffer {
     }
 
     /// Goes on from a checkpoint: its progress, the versions whose steps are known, and the frames that are on disk. Returns the
-    /// frames that count for nothing any more and may be deleted.
+    /// frames that count for nothing any more and may be deleted. Where two frames bring the same member, the first in `frames` counts,
+    /// whichever did before.
     ///
     /// # Errors
     /// [`ConfigError`] when the settings cannot stand.

@@ -22,6 +22,11 @@ impl Sequences {
         sequence <= self.through.saturating_add(MAX_AHEAD)
     }
 
+    /// Returns the first number above all that are settled.
+    pub(super) fn next(&self) -> u64 {
+        self.above.last().copied().unwrap_or(self.through).saturating_add(1)
+    }
+
     pub(super) fn insert(&mut self, sequence: u64) {
         self.above.insert(sequence);
         self.close_up();
@@ -55,7 +60,7 @@ mod tests {
         for sequence in [2, 4, 1] {
             settled.insert(sequence);
         }
-        assert_eq!((settled.through, settled.contains(3), settled.contains(4)), (2, false, true));
+        assert_eq!((settled.through, settled.contains(3), settled.contains(4), settled.next()), (2, false, true, 5));
         settled.insert(3);
         assert_eq!(settled, Sequences { through: 4, above: BTreeSet::new() });
         settled.insert(9);
