@@ -12,11 +12,13 @@
 //! | [`adversary`] | nodes that mean harm |
 //! | [`invariant`], [`mutant`] | what must never happen, and proof that the checks would notice |
 //! | [`workload`], [`report`] | what is asked, and what came of it |
+//! | [`training`] | another kind of run: samplers and a trainer, with worlds and rules of their own |
 //!
 //! A run is decided by its scenario and its seed alone: run twice, it gives one trace hash. The shape is iroh-gossip's simulator
 //! and turmoil's durability model; madsim's habit of printing the line that runs a failure again is kept.
 
 pub mod adversary;
+mod any;
 pub mod clock;
 pub mod disk;
 mod effects;
@@ -34,9 +36,11 @@ pub mod queue;
 pub mod report;
 pub mod scenario;
 pub mod trace;
+pub mod training;
 pub mod workload;
 pub mod world;
 
+pub use any::{AnyScenario, Ran};
 pub use invariant::{Invariant, Violation};
 pub use mutant::Mutant;
 pub use report::{Outcome, Report};

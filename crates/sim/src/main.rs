@@ -6,11 +6,10 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use chorus_sim::scenario::BUILT_IN;
-use chorus_sim::{Mutant, Outcome, Scenario, World};
+use chorus_sim::{AnyScenario, Ran};
 use clap::{Parser, Subcommand};
 
-/// Runs Chorus nodes by the thousand in virtual time.
+/// Runs Chorus nodes by the thousand in virtual time, and training runs with hundreds of samplers.
 #[derive(Debug, Parser)]
 #[command(version, about)]
 struct Cli {
@@ -53,9 +52,8 @@ enum Command {
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::List => {
-            for (name, _) in BUILT_IN {
-                let about = Scenario::built_in(name).map(|scenario| scenario.about).unwrap_or_default();
-                println!("{name:<32} {about}");
+            for scenario in AnyScenario::all() {
+                println!("{:<32} {}", scenario.name(), scenario.about());
             }
             ExitCode::SUCCESS
         }
@@ -65,17 +63,16 @@ fn main() -> ExitCode {
                 ExitCode::from(2)
             }
             Ok(scenario) => {
-                let seed = seed.unwrap_or(scenario.seed);
+                let seed = seed.unwrap_or(scenario.seed());
                 if watch {
-                    chorus_sim::watch(&scenario, seed).watched.iter().for_each(|line| println!("{line}"));
+                    scenario.watch(seed).iter().for_each(|line| println!("{line}"));
                 }
                 verdict(run(&scenario, seed, json, twice))
             }
         },
         Command::All { seeds, json } => {
-            let scenarios = BUILT_IN.iter().filter_map(|(name, _)| Scenario::built_in(name));
-            let good = scenarios.fold(true, |good, scenario| {
-                (0..seeds).fold(good, |good, more| run(&scenario, scenario.seed + more, json, true) && good)
+            let good = AnyScenario::all().fold(true, |good, scenario| {
+                (0..seeds).fold(good, |good, more| run(&scenario, scenario.seed() + more, json, true) && good)
             });
             verdict(good)
         }
@@ -86,43 +83,40 @@ fn verdict(good: bool) -> ExitCode {
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn load(name: &str) -> Result<Scenario, String> {
-    if let Some(scenario) = Scenario::built_in(name) {
+fn load(name: &str) -> Result<AnyScenario, String> {
+    if let Some(scenario) = AnyScenario::built_in(name) {
         return Ok(scenario);
     }
     let text = std::fs::read_to_string(Path::new(name)).map_err(|error| {
         format!("{name} is neither a scenario of `chorus-sim list` nor a file that can be read: {error}")
     })?;
-    Scenario::parse(name, &text).map_err(|error| error.to_string())
+    AnyScenario::parse(name, &text).map_err(|error| error.to_string())
 }
 
 /// Runs a scenario and prints what it showed. Returns whether everything held.
-fn run(scenario: &Scenario, seed: u64, json: bool, twice: bool) -> bool {
-    let mut world = World::new(scenario.clone(), seed, Mutant::None);
+fn run(scenario: &AnyScenario, seed: u64, json: bool, twice: bool) -> bool {
     let started = Instant::now();
-    let outcome = world.run();
-    let took = started.elapsed().as_secs_f64();
-    drop(world);
-    print(&outcome, took, json);
-    let mut good = outcome.is_good();
+    let ran = scenario.run(seed);
+    print(&ran, started.elapsed().as_secs_f64(), json);
+    let mut good = ran.good;
     if twice {
-        let again = chorus_sim::run(scenario, seed);
-        if again.report.trace != outcome.report.trace {
-            println!("  NOT DETERMINISTIC: {} and {}", outcome.report.trace, again.report.trace);
-            println!("  again with {} --twice", outcome.report.again);
+        let again = scenario.run(seed);
+        if again.trace != ran.trace {
+            println!("  NOT DETERMINISTIC: {} and {}", ran.trace, again.trace);
+            println!("  again with {} --twice", ran.again);
             good = false;
         }
     }
     good
 }
 
-fn print(outcome: &Outcome, took: f64, json: bool) {
+fn print(ran: &Ran, took: f64, json: bool) {
     if json {
-        let mut figures = serde_json::to_value(&outcome.report).unwrap_or_default();
+        let mut figures = ran.figures.clone();
         figures["wall_s"] = took.into();
         println!("{figures}");
         return;
     }
-    print!("{}", outcome.report);
-    println!("  took       {took:.2} s, {:.1} virtual seconds a second", outcome.report.virtual_s / took);
+    print!("{}", ran.text);
+    println!("  took       {took:.2} s, {:.1} virtual seconds a second", ran.virtual_s / took);
 }

@@ -161,49 +161,55 @@ pub enum Event {
 }
 
 #[derive(Debug)]
-struct Planned {
+struct Planned<E> {
     at: Time,
     seq: u64,
-    event: Event,
+    event: E,
 }
 
-impl PartialEq for Planned {
+impl<E> PartialEq for Planned<E> {
     fn eq(&self, other: &Self) -> bool {
         self.seq == other.seq
     }
 }
 
-impl Eq for Planned {}
+impl<E> Eq for Planned<E> {}
 
-impl PartialOrd for Planned {
+impl<E> PartialOrd for Planned<E> {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl Ord for Planned {
+impl<E> Ord for Planned<E> {
     /// The heap gives the greatest first, and the soonest is to come first.
     fn cmp(&self, other: &Self) -> Ordering {
         (other.at, other.seq).cmp(&(self.at, self.seq))
     }
 }
 
-/// The queue of the world.
-#[derive(Debug, Default)]
-pub struct Queue {
-    heap: BinaryHeap<Planned>,
+/// The queue of a world.
+#[derive(Debug)]
+pub struct Queue<E = Event> {
+    heap: BinaryHeap<Planned<E>>,
     planned: u64,
 }
 
-impl Queue {
+impl<E> Default for Queue<E> {
+    fn default() -> Self {
+        Self { heap: BinaryHeap::new(), planned: 0 }
+    }
+}
+
+impl<E> Queue<E> {
     /// Plans an event.
-    pub fn push(&mut self, at: Time, event: Event) {
+    pub fn push(&mut self, at: Time, event: E) {
         self.planned += 1;
         self.heap.push(Planned { at, seq: self.planned, event });
     }
 
     /// Takes the next event.
-    pub fn pop(&mut self) -> Option<(Time, Event)> {
+    pub fn pop(&mut self) -> Option<(Time, E)> {
         self.heap.pop().map(|planned| (planned.at, planned.event))
     }
 
