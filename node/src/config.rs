@@ -128,8 +128,10 @@ pub(crate) struct BeaconSection {
 pub(crate) struct SamplerSection {
     /// The policy, as `name@did:key:…`; empty for none.
     pub policy: String,
-    /// Rollouts that are sampled, or wait for the engine, at a time.
+    /// Rollouts that are sampled, or wait for the engine, at a time; 0 for a node that only keeps versions for others.
     pub slots: u16,
+    /// Pass versions on to other samplers.
+    pub share: bool,
     /// Disk for rollouts that the trainer has not acknowledged, in MiB.
     pub spool_mb: usize,
     /// When that is full while the trainer is away: drop the oldest rollouts rather than stop.
@@ -255,7 +257,7 @@ impl Default for EngineSection {
 
 impl Default for SamplerSection {
     fn default() -> Self {
-        Self { policy: String::new(), slots: 16, spool_mb: 256, drop_oldest: false }
+        Self { policy: String::new(), slots: 16, share: true, spool_mb: 256, drop_oldest: false }
     }
 }
 

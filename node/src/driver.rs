@@ -19,7 +19,7 @@ use chorus_api::TaskLog;
 use chorus_core::{Acceptance, Command, Effect, EngineInput, Input, NetInput, Node, NodeEvent, Restored, Topic};
 use chorus_machine::{Ctx, Machine, Outbox, Rng, Time};
 use chorus_net::{GossipToken, NetEvent, NetHandle, Verdict};
-use chorus_protocol::{Hash, NodeId, WallTime};
+use chorus_protocol::{NodeId, WallTime};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -28,6 +28,7 @@ use crate::metrics::Metrics;
 use crate::net_log;
 use crate::spans::JobSpans;
 use crate::storage::Disk;
+use crate::training::News;
 
 /// Requests of the API and the commands that may wait.
 const REQUEST_QUEUE: usize = 256;
@@ -92,8 +93,8 @@ pub(crate) struct Parts {
     pub inputs_rx: mpsc::Receiver<Input>,
     pub tasks: Arc<TaskLog>,
     pub metrics: Arc<Metrics>,
-    /// Where providers that were looked for go.
-    pub providers: mpsc::Sender<(Hash, Vec<NodeId>)>,
+    /// Where what a training room wants to know goes.
+    pub news: mpsc::Sender<News>,
     pub shutdown: CancellationToken,
 }
 
@@ -111,7 +112,7 @@ pub(crate) struct Driver {
     jobs: JobSpans,
     tasks: Arc<TaskLog>,
     metrics: Arc<Metrics>,
-    providers: mpsc::Sender<(Hash, Vec<NodeId>)>,
+    news: mpsc::Sender<News>,
     shutdown: CancellationToken,
     unjudged: BTreeMap<u64, GossipToken>,
     next_token: u64,
@@ -134,7 +135,7 @@ impl Driver {
             requests,
             tasks: parts.tasks,
             metrics: parts.metrics,
-            providers: parts.providers,
+            news: parts.news,
             shutdown: parts.shutdown,
             unjudged: BTreeMap::new(),
             next_token: 0,
@@ -192,7 +193,10 @@ impl Driver {
     fn on_net(&mut self, event: NetEvent) {
         self.metrics.on_net(&event);
         let input = match event {
-            NetEvent::PeerUp { node, .. } => NetInput::PeerUp(node),
+            NetEvent::PeerUp { node, .. } => {
+                self.tell(News::PeerUp(node));
+                NetInput::PeerUp(node)
+            }
             NetEvent::PeerDown { node, .. } => NetInput::PeerDown(node),
             NetEvent::Gossip { topic, from, token, bytes } => self.gossip(topic, from, token, bytes),
             NetEvent::Message { from, bytes } => NetInput::Direct { from, bytes },
@@ -200,16 +204,16 @@ impl Driver {
                 tracing::debug!(to = %to.fmt_short(), %error, "not delivered");
                 NetInput::SendFailed { to }
             }
-            NetEvent::Providers { key, nodes } => return self.found(key, nodes),
+            NetEvent::Providers { key, nodes } => return self.tell(News::Providers(key, nodes)),
             event => return net_log::write(&event),
         };
         self.handle(Input::Net(input));
     }
 
-    /// Tells the training room who holds what. One that has enough to do hears of them the next time.
-    fn found(&self, key: Hash, nodes: Vec<NodeId>) {
-        if let Err(mpsc::error::TrySendError::Full(_)) = self.providers.try_send((key, nodes)) {
-            tracing::debug!("providers came faster than they were taken in");
+    /// Tells the training room. One that has enough to do finds out by itself, later; where there is none, nobody listens.
+    fn tell(&self, news: News) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.news.try_send(news) {
+            tracing::debug!("the training room has enough to do");
         }
     }
 

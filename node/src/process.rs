@@ -42,8 +42,8 @@ const DEFAULT_EMBEDDER: &str = "all-MiniLM-L6-v2";
 pub(crate) const RUN_FILE: &str = "run.json";
 /// How long the tasks of a stopping process are waited for.
 const GRACE: Duration = Duration::from_secs(3);
-/// Answers of the DHT that may wait for the training room.
-const PROVIDERS_QUEUE: usize = 16;
+/// What the control plane tells the training room, and may wait.
+const NEWS_QUEUE: usize = 64;
 
 /// Runs a node until it is told to stop.
 pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
@@ -55,14 +55,14 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
     let (net, net_events) = Net::start(net_config(&config, &network)?, &key).await.map_err(CommandError::machine)?;
     let mut rng = Rng::from_seed(entropy()?);
     let shutdown = CancellationToken::new();
-    let (providers_tx, providers) = mpsc::channel(PROVIDERS_QUEUE);
+    let (news_tx, news) = mpsc::channel(NEWS_QUEUE);
     let room = training::Parts {
         config: config.clone(),
         key: key.clone(),
         network: network.clone(),
         net: net.clone(),
         rng: rng.fork(),
-        providers,
+        news,
         shutdown: shutdown.clone(),
     };
     let room = training::start(room).await?;
@@ -77,7 +77,7 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
         inputs_rx,
         tasks: Arc::clone(&tasks),
         metrics: Arc::clone(&metrics),
-        providers: providers_tx,
+        news: news_tx,
         shutdown: shutdown.clone(),
     });
     driver.restore(restored);

@@ -122,6 +122,31 @@ impl Lab {
         inside(&format!("{}-{home}-nat", self.tag), &format!("iptables -I FORWARD -s {outer} -j DROP"));
     }
 
+    /// Makes the key of a node that is still to be started, and returns its id.
+    ///
+    /// # Panics
+    /// When the binary refuses.
+    #[must_use]
+    pub fn key(&self, machine: &str) -> String {
+        let dir = self.dir.path().join(machine);
+        let said = |words: &[&str]| {
+            let output = Command::new(binary()).arg("--data-dir").arg(&dir).args(words).output().expect("the binary runs");
+            assert!(output.status.success(), "{words:?}: {output:?}");
+            String::from_utf8_lossy(&output.stdout).trim().to_owned()
+        };
+        said(&["node", "ticket", "--offline"]);
+        said(&["key", "show"])
+    }
+
+    /// Returns how many bytes have left a machine through a port.
+    ///
+    /// # Panics
+    /// When there is no such port.
+    #[must_use]
+    pub fn sent(&self, machine: &str, port: &str) -> u64 {
+        inside(machine, &format!("cat /sys/class/net/{port}/statistics/tx_bytes")).trim().parse().expect("a number")
+    }
+
     /// Gives a namespace a hosts file of its own.
     ///
     /// # Panics
@@ -204,6 +229,18 @@ impl Host {
             let _ = writeln!(words, "{line}");
         }
         words
+    }
+
+    /// Returns when the node's log first said this, in seconds of the day.
+    #[must_use]
+    pub fn logged(&self, text: &str) -> Option<f64> {
+        let log = fs::read_to_string(self.dir.join("log.json")).unwrap_or_default();
+        let said: Value = log
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+            .find(|line| line["message"].as_str().is_some_and(|message| message.starts_with(text)))?;
+        let time = said["timestamp"].as_str()?.split(['T', 'Z']).nth(1)?.to_owned();
+        time.split(':').try_fold(0.0, |sum, part| Some(sum * 60.0 + part.parse::<f64>().ok()?))
     }
 
     /// Asks the running node with a command of the binary.
@@ -295,9 +332,18 @@ pub fn must(args: &[&str]) {
     ip(args).unwrap_or_else(|why| panic!("ip {}: {why}", args.join(" ")));
 }
 
-fn inside(space: &str, args: &str) {
+/// Lets no more than so many Mbit/s leave a machine through a port.
+///
+/// # Panics
+/// When the system refuses.
+pub fn shape(machine: &str, port: &str, mbit: u32) {
+    inside(machine, &format!("tc qdisc add dev {port} root tbf rate {mbit}mbit burst 64kb latency 50ms"));
+}
+
+fn inside(space: &str, args: &str) -> String {
     let args: Vec<&str> = args.split_whitespace().collect();
-    must(&[&["netns", "exec", space][..], &args].concat());
+    let output = ip(&[&["netns", "exec", space][..], &args].concat());
+    String::from_utf8_lossy(&output.unwrap_or_else(|why| panic!("{args:?} in {space}: {why}")).stdout).into_owned()
 }
 
 fn ip(args: &[&str]) -> Result<Output, String> {

@@ -1,13 +1,26 @@
 //! `chorus policy`: the versions of policies that lie on this node's disk.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
 use chorus_protocol::Verified;
 use chorus_protocol::policy::{Manifest, Version};
 use clap::Subcommand;
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use crate::config::Config;
+use crate::client::ApiClient;
+use crate::config::{Config, EngineKind, SamplerSection};
 use crate::error::CommandError;
+use crate::process;
 use crate::training::library::Library;
+use crate::training::parse_policy;
+
+/// Where a node listens that only pulls.
+const ANY_PORT: [&str; 2] = ["/ip4/0.0.0.0/udp/0/quic-v1", "/ip4/0.0.0.0/tcp/0"];
+/// How often the node that pulls is asked how far it is.
+const POLL: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum PolicyCommand {
@@ -22,6 +35,18 @@ pub(crate) enum PolicyCommand {
         /// The version, or the beginning of its name
         version: String,
     },
+    /// Fetch a policy's newest version from whoever has it, and check it
+    Pull {
+        /// The policy
+        #[arg(value_name = "NAME@ID")]
+        policy: String,
+        /// Directory for its files, which must not exist yet
+        #[arg(long, value_name = "DIR")]
+        to: PathBuf,
+        /// Give up after so many seconds without a new chunk
+        #[arg(long, default_value_t = 60)]
+        patience: u64,
+    },
     /// Hash every chunk again and say which are missing or damaged
     Verify {
         /// The version, or the beginning of its name; all if left out
@@ -33,8 +58,87 @@ pub(crate) fn policy(config: &Config, command: &PolicyCommand) -> Result<(), Com
     match command {
         PolicyCommand::Ls { json } => list(config, *json),
         PolicyCommand::Show { version } => show(config, version),
+        PolicyCommand::Pull { policy, to, patience } => pull(config, policy, to, Duration::from_secs(*patience)),
         PolicyCommand::Verify { version } => verify(config, version.as_deref()),
     }
+}
+
+/// Runs a node that keeps the policy's versions and does nothing else, until it has the newest one whole.
+fn pull(config: &Config, policy: &str, to: &Path, patience: Duration) -> Result<(), CommandError> {
+    if to.exists() {
+        return Err(
+            CommandError::usage(format!("{} exists already", to.display())).hint("name a new directory with --to")
+        );
+    }
+    let id = parse_policy(policy)?;
+    let mut config = config.clone();
+    // A node of its own, with a key of its own: another one may run in this data directory.
+    config.data_dir = config.data_dir.join("pull");
+    config.sampler = SamplerSection { policy: policy.to_owned(), slots: 0, ..SamplerSection::default() };
+    config.trainer.policy.clear();
+    config.engine.kind = EngineKind::None;
+    config.net.listen = ANY_PORT.map(str::to_owned).to_vec();
+    config.net.bulk = vec![SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0)];
+    config.api.listen = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+    config.api.token.clear();
+    let runtime = tokio::runtime::Runtime::new().map_err(CommandError::machine)?;
+    let version = runtime.block_on(async {
+        tokio::select! {
+            ended = process::run(config.clone()) => {
+                ended.and(Err(CommandError::failed("interrupted; what came so far is kept, and the next pull goes on from there")))
+            }
+            whole = wait_whole(&config, patience) => whole,
+        }
+    });
+    runtime.shutdown_background();
+    let version = version?;
+    let library = Library::open(&config.data_dir, &id, &config.network_id()?).map_err(CommandError::machine)?;
+    copy(&library.directory(version), to).map_err(CommandError::machine)?;
+    println!("{version} is in {}", to.display());
+    Ok(())
+}
+
+async fn wait_whole(config: &Config, patience: Duration) -> Result<Version, CommandError> {
+    let bar = ProgressBar::new(0).with_style(
+        ProgressStyle::with_template("{msg} {bar:40} {pos}/{len} chunks  {per_sec}").map_err(CommandError::machine)?,
+    );
+    let (mut progress, mut since) = (0, Instant::now());
+    loop {
+        tokio::time::sleep(POLL).await;
+        // The node's API comes up within a moment.
+        let Ok(status) = ApiClient::new(config)?.get("/v1/training").await else { continue };
+        if let Some(whole) = status["whole"]["version"].as_str().filter(|_| status["arriving"].is_null()) {
+            bar.finish_and_clear();
+            return whole.parse().map(Version::from_hash).map_err(CommandError::failed);
+        }
+        let arriving = &status["arriving"];
+        if let (Some(have), Some(of)) = (arriving["chunks"].as_u64(), arriving["of"].as_u64()) {
+            bar.set_length(of);
+            bar.set_position(have);
+            bar.set_message(format!("step {}", arriving["step"]));
+            if have != progress {
+                (progress, since) = (have, Instant::now());
+            }
+        }
+        if since.elapsed() > patience {
+            bar.abandon();
+            let connected = status["connected"].as_array().map_or(0, Vec::len);
+            return Err(CommandError::failed(format!(
+                "nothing came for {patience:?}; {connected} nodes that have the policy are connected, and it waits for {}",
+                status["weights_wait_for"].as_str().unwrap_or("nothing")
+            ))
+            .hint("give a peer of the swarm with --bootstrap, and look whether the trainer runs"));
+        }
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+    }
+    Ok(())
 }
 
 type Found = (Library, Verified<Manifest>);

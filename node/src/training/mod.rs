@@ -42,7 +42,7 @@ use chorus_machine::Rng;
 use chorus_net::{BulkConfig, BulkEvent, BulkHandle, BulkPlane, NetHandle};
 use chorus_protocol::policy::PolicyId;
 use chorus_protocol::rollout::RolloutFrame;
-use chorus_protocol::{Hash, NetworkId, NodeId, SecretKey, Text, Verified};
+use chorus_protocol::{NetworkId, NodeId, SecretKey, Text, Verified};
 use chorus_rollout::broadcast::{Broadcast, BroadcastConfig};
 use chorus_rollout::buffer::{Buffer, BufferConfig, Mode};
 use chorus_rollout::plan::Plan;
@@ -56,6 +56,7 @@ use self::commons::Commons;
 use self::disk::Disk;
 use self::learning::Teacher;
 use self::library::Library;
+pub(crate) use self::room::News;
 use self::room::{Ask, Role, Room, Sources};
 use self::sampler::SamplerRole;
 use self::sessions::Sessions;
@@ -99,8 +100,8 @@ pub(crate) struct Parts {
     pub(crate) network: NetworkId,
     pub(crate) net: NetHandle,
     pub(crate) rng: Rng,
-    /// Nodes that the DHT names as providers.
-    pub(crate) providers: mpsc::Receiver<(Hash, Vec<NodeId>)>,
+    /// What the control plane tells it.
+    pub(crate) news: mpsc::Receiver<News>,
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -142,7 +143,7 @@ pub(crate) async fn start(parts: Parts) -> Result<Option<TrainingHandle>, Comman
         Disk::open(&directory, library.clone(), parts.network.clone()).map_err(CommandError::machine)?;
     // Those that rollouts may still be of are kept, so that they can be examined after a restart too.
     let keep = BroadcastConfig::default().keep.max(parts.config.trainer.staleness as usize + 2);
-    let broadcast = BroadcastConfig { keep, ..BroadcastConfig::default() };
+    let broadcast = BroadcastConfig { keep, share: parts.config.sampler.share, ..BroadcastConfig::default() };
     let broadcast = Broadcast::new(broadcast, parts.network.clone(), policy.clone(), me);
     let sessions = Sessions::new(bulk, me, policy.owner);
     let common = Commons::new(
@@ -165,13 +166,15 @@ pub(crate) async fn start(parts: Parts) -> Result<Option<TrainingHandle>, Comman
         Role::Trainer(Box::new(role))
     } else {
         let versioned = Arc::new(VersionedEngine::new(engine_config(&parts.config, &policy)));
-        engine = Some(Arc::clone(&versioned));
+        engine = (parts.config.sampler.slots > 0).then(|| Arc::clone(&versioned));
         let own: Vec<_> = frames.iter().filter(|frame| frame.author() == me).map(held).collect();
         let sampler =
             Sampler::new(sampler_config(&parts.config, policy), parts.network.clone(), parts.key.clone(), &own);
-        Role::Sampler(Box::new(SamplerRole::new(sampler, versioned, drawn_tx)))
+        // Who samples nothing only keeps versions, for others and for himself, and loads none.
+        let serves = (parts.config.sampler.slots > 0).then_some(versioned);
+        Role::Sampler(Box::new(SamplerRole::new(sampler, serves, drawn_tx)))
     };
-    let sources = Sources { events, disk_done, drawn, learned, providers: parts.providers, asks };
+    let sources = Sources { events, disk_done, drawn, learned, news: parts.news, asks };
     tokio::spawn(Room::new(common, role, parts.net, sources).run(parts.shutdown));
     Ok(Some(TrainingHandle { asks: asks_tx, engine }))
 }

@@ -25,6 +25,14 @@ const SEEK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(
 /// The longest sleep: a guard against a deadline that was forgotten.
 const MAX_SLEEP: Duration = Duration::from_secs(1);
 
+/// What the control plane tells a room.
+pub(crate) enum News {
+    /// Nodes that the DHT names as holders of something.
+    Providers(Hash, Vec<NodeId>),
+    /// A node is connected.
+    PeerUp(NodeId),
+}
+
 /// What the API asks of a room.
 pub(super) enum Ask {
     Status(oneshot::Sender<Value>),
@@ -37,7 +45,7 @@ pub(super) struct Sources {
     pub(super) disk_done: mpsc::Receiver<Done>,
     pub(super) drawn: mpsc::Receiver<Drawn>,
     pub(super) learned: Option<mpsc::Receiver<Learned>>,
-    pub(super) providers: mpsc::Receiver<(Hash, Vec<NodeId>)>,
+    pub(super) news: mpsc::Receiver<News>,
     pub(super) asks: mpsc::Receiver<Ask>,
 }
 
@@ -79,11 +87,7 @@ impl Room {
                 Some(done) = self.sources.disk_done.recv() => self.disk_done(done),
                 Some(learned) = next(&mut self.sources.learned) => self.learned(learned),
                 Some(drawn) = self.sources.drawn.recv() => self.drawn(drawn),
-                Some((key, nodes)) = self.sources.providers.recv() => {
-                    if key == self.place {
-                        self.commons.sessions.providers(&nodes);
-                    }
-                }
+                Some(news) = self.sources.news.recv() => self.news(news),
                 Some(event) = self.sources.events.recv() => self.on_bulk(event),
                 () = tokio::time::sleep(wake) => {}
             }
@@ -153,6 +157,14 @@ impl Room {
     fn take_ready(&mut self, ready: Vec<Admitted<Manifest>>) {
         if let Role::Sampler(role) = &mut self.role {
             role.load(&self.commons, ready);
+        }
+    }
+
+    fn news(&mut self, news: News) {
+        match news {
+            News::Providers(key, nodes) if key == self.place => self.commons.sessions.providers(&nodes),
+            News::Providers(..) => {}
+            News::PeerUp(node) => self.commons.sessions.hurry(node),
         }
     }
 

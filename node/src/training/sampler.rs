@@ -31,7 +31,8 @@ pub(super) enum Drawn {
 /// See the module.
 pub(super) struct SamplerRole {
     sampler: Sampler,
-    engine: Arc<VersionedEngine>,
+    /// Absent on a node that only keeps versions.
+    engine: Option<Arc<VersionedEngine>>,
     drawn: mpsc::Sender<Drawn>,
     counted: u64,
     refused: u64,
@@ -44,7 +45,7 @@ pub(super) struct SamplerRole {
 }
 
 impl SamplerRole {
-    pub(super) fn new(sampler: Sampler, engine: Arc<VersionedEngine>, drawn: mpsc::Sender<Drawn>) -> Self {
+    pub(super) fn new(sampler: Sampler, engine: Option<Arc<VersionedEngine>>, drawn: mpsc::Sender<Drawn>) -> Self {
         let (loading, trouble) = (None, None);
         Self { sampler, engine, drawn, counted: 0, refused: 0, lost: 0, tokens: 0, loading, trouble }
     }
@@ -119,7 +120,8 @@ impl SamplerRole {
     }
 
     fn start(&self, me: NodeId, member: Member) {
-        let (engine, drawn) = (Arc::clone(&self.engine), self.drawn.clone());
+        let Some(engine) = self.engine.clone() else { return };
+        let drawn = self.drawn.clone();
         tokio::spawn(async move {
             // A panic in an environment or an engine is one member that failed, and nothing else.
             let work = tokio::spawn(sampling::sample(engine, me, member.clone()));
@@ -175,10 +177,13 @@ impl SamplerRole {
 
     /// Loads versions that are whole, beside the one that serves.
     pub(super) fn load(&mut self, room: &Commons, ready: Vec<Admitted<Manifest>>) {
+        for manifest in &ready {
+            tracing::debug!(version = ?manifest.version, step = manifest.step, "a version is whole");
+        }
+        let Some(serves) = &self.engine else { return };
         for manifest in ready {
             let (version, step) = (manifest.version, manifest.step);
-            let (engine, drawn, directory) =
-                (Arc::clone(&self.engine), self.drawn.clone(), room.library.directory(version));
+            let (engine, drawn, directory) = (Arc::clone(serves), self.drawn.clone(), room.library.directory(version));
             self.loading = Some(version);
             tokio::spawn(async move {
                 let result = match engine.load(version, step, &directory, Order::Forward).await {

@@ -68,6 +68,13 @@ impl Sessions {
         }
     }
 
+    /// A node that is waited for is connected now, so the next attempt need not wait.
+    pub(super) fn hurry(&mut self, node: NodeId) {
+        if let Some(attempt) = self.attempts.get_mut(&node) {
+            (attempt.next, attempt.wait) = (Instant::now(), BACK_OFF.0);
+        }
+    }
+
     /// Opens what is due.
     pub(super) fn pump(&mut self, now: Instant) {
         for (node, attempt) in &mut self.attempts {
