@@ -170,6 +170,9 @@ impl Buffer {
 
     /// Hands out members that nobody samples, the oldest group first, and opens groups while they can be used in time.
     pub(super) fn assign(&mut self, now: Time, out: &mut Outbox<BufferEffect>) {
+        if self.is_quiet(now) {
+            return;
+        }
         let Some((version, published, _)) = self.published else { return };
         let mut work: BTreeMap<NodeId, Vec<Assignment>> = BTreeMap::new();
         let mut ahead = 0;
@@ -196,6 +199,15 @@ impl Buffer {
         for (sampler, work) in work {
             self.tell(sampler, work, out);
         }
+    }
+
+    /// After a restart whoever was asked before still delivers: what comes within the grace need not be sampled again.
+    fn is_quiet(&mut self, now: Time) -> bool {
+        if self.alone && !self.sessions.is_empty() {
+            (self.alone, self.quiet_until) = (false, Some(now + self.cfg.grace));
+        }
+        self.quiet_until = self.quiet_until.filter(|until| *until > now);
+        self.quiet_until.is_some()
     }
 
     /// Opens one group more, if the bound, the room, the learner's need and the samplers allow it.

@@ -18,7 +18,8 @@
 //! 4. A frame counts once: by its sampler's number, and each rollout by its place in its group. It is acknowledged when it is on disk.
 //! 5. Members of a sampler that is gone, late or gives up go to another. If both deliver, the first counts.
 //! 6. Frames stay on disk until a checkpoint that does not need them any more; with it and them [`Buffer::restore`] goes on where the
-//!    learner does, and nothing that was acknowledged is lost.
+//!    learner does, and nothing that was acknowledged is lost. A restored buffer first takes what samplers made meanwhile, and hands
+//!    nothing out until the grace is over: so little is sampled twice.
 //!
 //! What does not count is counted too, by reason ([`Tally`]), and told to its sampler in the acknowledgement.
 
@@ -87,7 +88,8 @@ pub struct BufferConfig {
     pub max_rollout_bytes: usize,
     /// How long a sampler has for a member at least. Default 30 s; slow samplers have more, as measured.
     pub patience: Duration,
-    /// How long a sampler may be away before its members go to others. Default 3 s.
+    /// How long a sampler may be away before its members go to others, and how long a restored trainer lets samplers deliver what they
+    /// have before it hands anything out. Default 3 s.
     pub grace: Duration,
     /// Which task a group has.
     pub plan: Plan,
@@ -341,6 +343,10 @@ pub struct Buffer {
     opened: GroupId,
     /// Groups that may have been handed out before a crash, so that anybody may deliver them.
     adopt_until: GroupId,
+    /// It was restored, and nobody has said hello since.
+    alone: bool,
+    /// Until then samplers send what they made while the trainer was away, and nothing is handed out that may be among it.
+    quiet_until: Option<Time>,
     frames: BTreeMap<FrameKey, FrameState>,
     /// Frames of rollouts that updates used since the last checkpoint, by step.
     spent: BTreeMap<u64, Vec<FrameKey>>,
@@ -371,6 +377,8 @@ impl Buffer {
             groups: BTreeMap::new(),
             opened: GroupId(0),
             adopt_until: GroupId(0),
+            alone: false,
+            quiet_until: None,
             frames: BTreeMap::new(),
             spent: BTreeMap::new(),
             settled: BTreeMap::new(),
@@ -398,6 +406,7 @@ impl Buffer {
         buffer.step = progress.step;
         buffer.versions = versions.iter().rev().take(MAX_VERSIONS).copied().collect();
         buffer.opened = progress.opened;
+        buffer.alone = true;
         buffer.adopt_until = GroupId(progress.opened.0.saturating_add(MAX_ADOPT));
         for id in &progress.open {
             buffer.adopt(*id);
@@ -529,7 +538,7 @@ impl Machine for Buffer {
         });
         let gone = self.sessions.values().filter_map(|session| session.gone.map(|at| at + self.cfg.grace)).min();
         let call = self.last_call.map(|at| at + self.cfg.patience);
-        earliest(earliest(out.min(), gone), call)
+        [out.min(), gone, call, self.quiet_until].into_iter().fold(None, earliest)
     }
 
     fn expire(&mut self, cx: &mut Ctx<'_>, out: &mut Outbox<BufferEffect>) {
