@@ -271,7 +271,7 @@ fn main() {
     );
     println!(
         "{:>26} {:>8} {:>8} {:>8}   {:<28} {:>24}",
-        "forged", "rollouts", "struck", "missed", "as", "caught after, by default"
+        "forged", "rollouts", "struck", "missed", "as", "accused after, by default"
     );
     for kind in forgeries(&sampler, &versions, many) {
         row(&kind, &versions, full, &honest[..honest.len().min(NEW)]);

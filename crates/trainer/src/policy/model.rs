@@ -1,15 +1,15 @@
 //! The llama that is trained: every operation has a backward pass.
 //!
-//! candle's fused root-mean-square norm, rotary embedding and softmax have none, so they are written out here in plain operations.
+//! candle's own root-mean-square norm, rotary embedding and softmax have none, so [`super::fused`] has them.
 //! Positions and the attention mask are arguments: training passes right-padded rows under a causal mask, sampling left-padded
 //! ones with a cache of keys and values.
 
 use std::collections::BTreeMap;
 
-use candle_core::{D, DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use chorus_machine::Rng;
 
-use super::PolicyConfig;
+use super::{PolicyConfig, fused};
 
 /// Standard deviation of the initial embedding, which is the output matrix too. All other matrices begin with the inverse root of their
 /// inputs: a policy as narrow as these learns several times slower from the 0.02 that large models begin with.
@@ -124,9 +124,7 @@ impl Policy {
         mut cache: Option<&mut Cache>,
     ) -> Result<Tensor> {
         let (rows, places) = tokens.dims2()?;
-        let angle = |table: &Tensor| {
-            table.index_select(&positions.flatten_all()?, 0)?.reshape((rows, 1, places, self.config.head_size() / 2))
-        };
+        let angle = |table: &Tensor| table.index_select(&positions.flatten_all()?, 0);
         let rotary = (angle(&self.rotary.0)?, angle(&self.rotary.1)?);
         let embedding = self.weight("model.embed_tokens.weight")?;
         let mut x = embedding.index_select(&tokens.flatten_all()?, 0)?;
@@ -135,8 +133,8 @@ impl Policy {
             let normed = self.norm(&x, &name("input_layernorm"))?;
             x = (x + self.attention(layer, &normed, (rows, places), &rotary, mask, cache.as_deref_mut())?)?;
             let normed = self.norm(&x, &name("post_attention_layernorm"))?;
-            let gate = linear(&normed, self.weight(&name("mlp.gate_proj"))?)?.silu()?;
-            let wide = (gate * linear(&normed, self.weight(&name("mlp.up_proj"))?)?)?;
+            let gate = linear(&normed, self.weight(&name("mlp.gate_proj"))?)?;
+            let wide = fused::gated(&gate, &linear(&normed, self.weight(&name("mlp.up_proj"))?)?)?;
             x = (x + linear(&wide, self.weight(&name("mlp.down_proj"))?)?)?;
         }
         Ok(x)
@@ -163,10 +161,11 @@ impl Policy {
         let (heads, size) = (self.config.num_attention_heads, self.config.head_size());
         let project = |part: &str| {
             let weight = self.weight(&format!("model.layers.{layer}.self_attn.{part}.weight"))?;
-            linear(x, weight)?.reshape((rows, places, heads, size))?.transpose(1, 2)
+            linear(x, weight)?.reshape((rows * places, heads, size))
         };
-        let q = rotate(&project("q_proj")?, rotary)?;
-        let (mut k, mut v) = (rotate(&project("k_proj")?, rotary)?, project("v_proj")?.contiguous()?);
+        let apart = |x: Tensor| x.reshape((rows, places, heads, size))?.transpose(1, 2)?.contiguous();
+        let q = apart(fused::rotate(&project("q_proj")?, rotary)?)?;
+        let (mut k, mut v) = (apart(fused::rotate(&project("k_proj")?, rotary)?)?, apart(project("v_proj")?)?);
         if let Some(Cache(layers)) = cache {
             if let Some((old_k, old_v)) = layers.get(layer) {
                 (k, v) = (Tensor::cat(&[old_k, &k], 2)?, Tensor::cat(&[old_v, &v], 2)?);
@@ -179,15 +178,13 @@ impl Policy {
         }
         #[allow(clippy::cast_precision_loss, reason = "a head is far narrower than 2^52")]
         let scale = 1.0 / (size as f64).sqrt();
-        let scores = (q.matmul(&k.t()?)? * scale)?.broadcast_add(mask)?;
-        let mixed = softmax(&scores)?.matmul(&v)?;
+        let mixed = fused::softmax(&q.matmul(&k.t()?)?, mask, scale)?.matmul(&v)?;
         let mixed = mixed.transpose(1, 2)?.reshape((rows * places, heads * size))?;
         linear(&mixed, self.weight(&format!("model.layers.{layer}.self_attn.o_proj.weight"))?)
     }
 
     fn norm(&self, x: &Tensor, weight: &str) -> Result<Tensor> {
-        let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
-        x.broadcast_div(&(mean + self.config.rms_norm_eps)?.sqrt()?)?.broadcast_mul(self.weight(weight)?)
+        fused::norm(x, self.weight(weight)?, self.config.rms_norm_eps)
     }
 
     fn weight(&self, name: &str) -> Result<&Tensor> {
@@ -241,30 +238,7 @@ fn rotary(config: &PolicyConfig) -> Result<(Tensor, Tensor)> {
     Ok((angles.cos()?, angles.sin()?))
 }
 
-/// Turns each head's first half against its second, as Hugging Face's llama does.
-fn rotate(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<Tensor> {
-    let half = x.dim(D::Minus1)? / 2;
-    let (a, b) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
-    let first = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
-    let second = (a.broadcast_mul(sin)? + b.broadcast_mul(cos)?)?;
-    Tensor::cat(&[first, second], D::Minus1)
-}
-
 /// `[n, in]` times `[out, in]` transposed.
 fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
-}
-
-fn softmax(scores: &Tensor) -> Result<Tensor> {
-    let top = scores.max_keepdim(D::Minus1)?.detach();
-    let powers = scores.broadcast_sub(&top)?.exp()?;
-    powers.broadcast_div(&powers.sum_keepdim(D::Minus1)?)
-}
-
-/// Returns the natural logarithm of the probability of each row's target, `[rows]`, under logits `[rows, vocabulary]`.
-pub(crate) fn logprobs_of(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let top = logits.max_keepdim(D::Minus1)?.detach();
-    let shifted = logits.broadcast_sub(&top)?;
-    let chosen = shifted.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?;
-    chosen - shifted.exp()?.sum(D::Minus1)?.log()?
 }
