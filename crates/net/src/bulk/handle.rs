@@ -15,7 +15,7 @@ use super::plane::Plane;
 /// A running bulk plane. Clones share it; when the last one is dropped, it stops.
 #[derive(Clone, Debug)]
 pub struct BulkHandle {
-    plane: Arc<Plane>,
+    pub(super) plane: Arc<Plane>,
     protocol: StreamProtocol,
     /// Stops the plane with the last handle.
     _alive: Arc<DropGuard>,

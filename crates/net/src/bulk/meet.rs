@@ -56,7 +56,7 @@ const WAY_QUIC: u8 = 1;
 pub(super) async fn dial(plane: Arc<Plane>, mut session: Session, protocol: StreamProtocol) {
     let closing = session.closing.clone();
     let met = tokio::select! {
-        met = meet(&plane, session.node, &protocol) => met,
+        met = meet(&plane, session.node, &protocol, true) => met,
         () = closing.cancelled() => Err(CloseReason::Asked),
     };
     let reason = match met {
@@ -66,7 +66,13 @@ pub(super) async fn dial(plane: Arc<Plane>, mut session: Session, protocol: Stre
     plane.end(&session, reason).await;
 }
 
-async fn meet(plane: &Plane, node: NodeId, protocol: &StreamProtocol) -> Result<Wire, CloseReason> {
+/// Meets a node; over QUIC if it has ports and `quic` is wanted.
+pub(super) async fn meet(
+    plane: &Plane,
+    node: NodeId,
+    protocol: &StreamProtocol,
+    quic: bool,
+) -> Result<Wire, CloseReason> {
     let unreachable = |why| CloseReason::Unreachable { why };
     let reached = timeout(REACH_WITHIN, plane.net.reach(node)).await.ok().flatten();
     let addrs = reached.ok_or(unreachable("no address of it is known to answer"))?;
@@ -77,7 +83,7 @@ async fn meet(plane: &Plane, node: NodeId, protocol: &StreamProtocol) -> Result<
         let of_ip = ports.iter().map(|port| SocketAddr::new(ip, *port));
         places.extend(of_ip.filter(|place| !places.contains(place)).collect::<Vec<_>>());
     }
-    places.truncate(MAX_PLACES);
+    places.truncate(if quic { MAX_PLACES } else { 0 });
     let quic = timeout(QUIC_WITHIN, plane.quic.dial(node, &places, nonce)).await.ok().flatten();
     let way = if quic.is_some() { WAY_QUIC } else { WAY_STREAM };
     say(&mut stream, &[way]).await.map_err(|error| CloseReason::Lost { what: error.to_string() })?;

@@ -115,3 +115,7 @@ impl BulkPlane {
         Ok((BulkHandle::new(plane, protocol), events_rx))
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
+mod tests;

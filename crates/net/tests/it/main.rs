@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, missing_docs)]
 
+mod bulk;
 mod direct;
 mod gossip;
 mod harness;
 mod hostile;
 mod identity;
+mod provide;
 mod rejoin;
 mod relay;
