@@ -30,6 +30,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     Sampling,
+    alone::compute_alone,
     sampler::{self, Weights},
 };
 
@@ -119,6 +120,8 @@ pub(crate) struct SampleHook {
     cancelled: AtomicBool,
     fault: Arc<Fault>,
     record: Mutex<Record>,
+    /// Whether the thread that computes the model is to do it alone.
+    alone: bool,
     /// Free when nobody holds the hook any more; mistral.rs does for as long as it may run the request.
     _slot: Option<OwnedSemaphorePermit>,
 }
@@ -126,12 +129,17 @@ pub(crate) struct SampleHook {
 impl SampleHook {
     pub(crate) fn new(choice: Choice, logprobs: Logprobs, end_token: Option<u32>, fault: Arc<Fault>) -> Self {
         let (cancelled, record) = (AtomicBool::new(false), Mutex::default());
-        Self { choice, logprobs, end_token, cancelled, fault, record, _slot: None }
+        Self { choice, logprobs, end_token, cancelled, fault, record, alone: false, _slot: None }
     }
 
     /// Gives the slot back when mistral.rs has let go of the request.
     pub(crate) fn holding(self, slot: OwnedSemaphorePermit) -> Self {
         Self { _slot: Some(slot), ..self }
+    }
+
+    /// Makes the thread that computes the model do it alone.
+    pub(crate) fn computed_alone(self, alone: bool) -> Self {
+        Self { alone, ..self }
     }
 
     /// Makes the next token the end token.
@@ -235,6 +243,10 @@ impl SampleHook {
 impl CustomLogitsProcessor for SampleHook {
     fn apply(&self, logits: &Tensor, context: &[u32]) -> candle_core::Result<Tensor> {
         self.fault.strike();
+        // It is the engine's thread that asks, here and nowhere else.
+        if self.alone {
+            compute_alone();
+        }
         let (token, largest, len) = {
             let (storage, layout) = logits.storage_and_layout();
             let all = match &*storage {

@@ -39,6 +39,7 @@
 //! the process does: [`thread_env`] gives the variables for a wanted number of threads.
 
 mod admission;
+mod alone;
 mod api;
 mod calibrate;
 mod embedder;

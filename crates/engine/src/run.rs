@@ -33,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Chunk, EngineError, Finish, Generated, MistralEngine,
+    alone::MAX_SMALL_BYTES,
     hook::{Choice, Logprobs, SampleHook, Sampled},
     loader::is_out_of_memory,
     prompt::Prompt,
@@ -55,7 +56,8 @@ impl MistralEngine {
     ) -> Result<Ran, EngineError> {
         let max_tokens = run.max_tokens as usize;
         let hook = SampleHook::new(run.choice.clone(), run.logprobs, live.end_token, Arc::clone(self.fault()));
-        let hook = Arc::new(hook.holding(slot));
+        let alone = live.loaded.on_cpu && live.info.bytes <= MAX_SMALL_BYTES;
+        let hook = Arc::new(hook.computed_alone(alone).holding(slot));
         let held = Held(Arc::clone(&hook));
         // Room for the whole answer: mistral.rs waits for a full channel, with all its requests.
         let (response, responses) = mpsc::channel(if run.text { max_tokens + 2 } else { 2 });
