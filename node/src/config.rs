@@ -169,6 +169,8 @@ pub(crate) struct TrainerSection {
     pub until: f64,
     /// Updates between two versions.
     pub publish_every: u64,
+    /// What this node may send of a version beyond one copy, in percent, while samplers pass it on among themselves.
+    pub extra_percent: u32,
     /// Updates between two looks at held-out tasks.
     pub evaluate_every: u64,
     /// Same seed, same tasks.
@@ -278,6 +280,7 @@ impl Default for TrainerSection {
             steps: 0,
             until: 0.0,
             publish_every: 1,
+            extra_percent: 40,
             evaluate_every: 25,
             seed: 1,
         }

@@ -12,8 +12,8 @@ use chorus_tests::wait_for;
 use chorus_trainer::policy::{Policy, PolicyConfig, save};
 use serde_json::Value;
 
-/// A policy of about 64 MiB: 16.8 million weights.
-const SHAPE: (usize, usize) = (4, 512);
+/// Layers and width of a policy of a little over 64 MiB.
+const SHAPE: (usize, usize) = (4, 608);
 /// The owner's uplink, in Mbit/s.
 const UPLINK: u32 = 100;
 const WORKERS: usize = 8;
@@ -61,7 +61,9 @@ fn broadcast(from: &Path, workers: usize, share: bool, bytes: u64) -> Option<Mea
     let switch = lab.switch("switch");
     let owner = lab.machine_on(&switch, "owner", "10.0.0.100/24");
     shape(&owner, "eth0", UPLINK);
-    let config = format!("[trainer]\npolicy = \"large\"\nfrom = \"{}\"\n", from.display());
+    // Whoever passes nothing on is only of use beside an owner that sends to everybody itself.
+    let extra = if share { 40 } else { 100 * workers };
+    let config = format!("[trainer]\npolicy = \"large\"\nfrom = \"{}\"\nextra_percent = {extra}\n", from.display());
     let id = lab.key(&owner);
     let mut pupils: Vec<Host> = Vec::new();
     for number in 0..workers {

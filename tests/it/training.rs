@@ -161,6 +161,48 @@ fn a_damaged_version_is_not_served_and_is_fetched_again() {
 }
 
 #[test]
+fn a_full_disk_stops_a_sampler_or_a_trainer_and_nothing_that_was_acknowledged_is_lost() {
+    let mut swarm = Swarm::new("it-training-full");
+    let limited = |options: NodeOptions| NodeOptions { limited: true, ..options };
+    let teacher = swarm.start(&limited(trainer("staleness = 2")));
+    let options = limited(sampler(&swarm.nodes[teacher]));
+    let pupil = swarm.start(&options);
+    wait_step(&swarm.nodes[teacher], 2);
+    for (full, says) in [(pupil, "/waits_for"), (teacher, "/learner/waits_for")] {
+        if !swarm.nodes[full].limit_files(Some(0)) {
+            return;
+        }
+        wait_for("a status that names the disk", || {
+            let room = training(&swarm.nodes[full])?;
+            room.pointer(says)?.as_str()?.contains("disk").then_some(())
+        });
+        assert!(swarm.nodes[full].limit_files(None));
+        let then = step(&swarm.nodes[teacher]);
+        wait_step(&swarm.nodes[teacher], then + 3);
+    }
+    let room = training(&swarm.nodes[teacher]).unwrap();
+    let lost = training(&swarm.nodes[pupil]).unwrap()["counted"].as_u64().unwrap();
+    assert!(room["taken"].as_u64().unwrap() >= lost, "what a sampler was told that counts, counts: {room}");
+}
+
+#[test]
+fn a_version_arrives_though_the_node_it_comes_from_is_killed() {
+    let mut swarm = Swarm::new("it-provider-killed");
+    let teacher = swarm.start(&trainer("staleness = 2\nsteps = 1"));
+    let mirror = NodeOptions { config: "[sampler]\nslots = 0\n".into(), ..sampler(&swarm.nodes[teacher]) };
+    let first = swarm.start(&mirror);
+    let whole = |node: &Node| training(node)?["whole"]["version"].as_str().map(str::to_owned);
+    let version = wait_for("a first copy", || whole(&swarm.nodes[first]));
+    // The owner is there and says nothing: who comes now has only the first copy to fetch from.
+    swarm.nodes[teacher].signal("STOP");
+    let second = swarm.start(&mirror);
+    swarm.nodes[first].kill();
+    let room = wait_for("a sampler that lacks somebody", || training(&swarm.nodes[second]));
+    swarm.nodes[teacher].signal("CONT");
+    assert_eq!(wait_for("the version", || whole(&swarm.nodes[second])), version, "before: {room}");
+}
+
+#[test]
 fn what_a_trainer_cannot_begin_with_is_said_at_once() {
     for (config, told) in [
         ("[trainer]\npolicy = \"p\"\nfrom = \"/nowhere\"\n", "no policy to begin with"),

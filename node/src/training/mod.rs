@@ -143,7 +143,12 @@ pub(crate) async fn start(parts: Parts) -> Result<Option<TrainingHandle>, Comman
         Disk::open(&directory, library.clone(), parts.network.clone()).map_err(CommandError::machine)?;
     // Those that rollouts may still be of are kept, so that they can be examined after a restart too.
     let keep = BroadcastConfig::default().keep.max(parts.config.trainer.staleness as usize + 2);
-    let broadcast = BroadcastConfig { keep, share: parts.config.sampler.share, ..BroadcastConfig::default() };
+    let broadcast = BroadcastConfig {
+        keep,
+        share: parts.config.sampler.share,
+        extra_percent: parts.config.trainer.extra_percent,
+        ..BroadcastConfig::default()
+    };
     let broadcast = Broadcast::new(broadcast, parts.network.clone(), policy.clone(), me);
     let sessions = Sessions::new(bulk, me, policy.owner);
     let common = Commons::new(
