@@ -204,6 +204,10 @@ impl Driver {
                 tracing::debug!(to = %to.fmt_short(), %error, "not delivered");
                 NetInput::SendFailed { to }
             }
+            NetEvent::Banned { node, .. } => {
+                self.tell(News::Banned(node));
+                return net_log::write(&event);
+            }
             NetEvent::Providers { key, nodes } => return self.tell(News::Providers(key, nodes)),
             event => return net_log::write(&event),
         };

@@ -18,7 +18,7 @@ use crate::config::{Config, Overrides};
 use crate::error::CommandError;
 use crate::logs::LogFormat;
 
-/// Turns a crowd of consumer GPUs into one machine that answers, with no machine in charge.
+/// Turns a crowd of consumer GPUs into one machine that answers and learns, with no machine in charge.
 #[derive(Debug, Parser)]
 #[command(name = "chorus", version, about, propagate_version = true)]
 pub(crate) struct Cli {

@@ -11,6 +11,7 @@ use crate::client::ApiClient;
 use crate::config::{Config, EngineKind};
 use crate::error::CommandError;
 use crate::logs::LogFormat;
+use crate::training::evidence;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum TrainerCommand {
@@ -21,6 +22,11 @@ pub(crate) enum TrainerCommand {
         /// Print JSON for a program instead of a table for a person
         #[arg(long)]
         json: bool,
+    },
+    /// Check what a convicted sampler signed, as kept in the data directory under training/evidence
+    Evidence {
+        /// The file
+        file: PathBuf,
     },
     /// The learning curve
     Curve {
@@ -50,6 +56,9 @@ pub(crate) struct RunArgs {
     /// Let every update wait for rollouts of its own weights
     #[arg(long)]
     sequential: bool,
+    /// Let a program outside the node learn, over the local API
+    #[arg(long)]
+    external: bool,
     /// End after so many updates
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
@@ -69,6 +78,11 @@ pub(crate) fn trainer(mut config: Config, model: bool, command: TrainerCommand) 
             run::run(config, format)
         }
         TrainerCommand::Status { json } => status(&config, json),
+        TrainerCommand::Evidence { file } => {
+            let (accused, verdict) = evidence::check(&file, &config.data_dir, &config.network_id()?)?;
+            println!("{accused} is convicted: {verdict:?}");
+            Ok(())
+        }
         TrainerCommand::Curve { csv, svg } => curve(
             &config,
             if csv {
@@ -93,6 +107,7 @@ fn apply(config: &mut Config, args: RunArgs, model: bool) -> Result<(), CommandE
     if !args.environments.is_empty() {
         section.environments = args.environments;
     }
+    section.external |= args.external;
     section.sequential |= args.sequential;
     section.staleness = args.staleness.unwrap_or(section.staleness);
     section.steps = args.steps.unwrap_or(section.steps);

@@ -19,7 +19,8 @@ use chorus_rollout::buffer::FrameKey;
 use chorus_store::{Batch, Durability, Record, Store, StoreError};
 use tokio::sync::mpsc;
 
-use super::library::{Library, write_whole};
+use super::evidence;
+use super::library::Library;
 
 /// Jobs that may wait.
 const QUEUE: usize = 1_024;
@@ -191,9 +192,9 @@ impl Worker {
         let Some(frame) = frame else {
             return tracing::warn!(sampler = %sampler.fmt_short(), "the frame that convicts it is not on disk any more");
         };
-        let path = self.evidence.join(format!("{}-{}-{member}.rollouts", sampler.fmt_short(), group.0));
+        let path = self.evidence.join(format!("{}-{}-{member}.json", sampler.fmt_short(), group.0));
         let kept =
-            fs::create_dir_all(&self.evidence).and_then(|()| write_whole(&path, &codec::encode(&frame.to_wire())));
+            fs::create_dir_all(&self.evidence).and_then(|()| evidence::write(&path, (sampler, group, member), &frame));
         match kept {
             Ok(()) => tracing::warn!(sampler = %sampler, path = %path.display(), "what it signed is kept as evidence"),
             Err(error) => tracing::warn!(%error, path = %path.display(), "the evidence was not kept"),

@@ -250,7 +250,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let key = SecretKey::from_bytes(&[7; 32]);
         let policy = PolicyId { owner: key.node_id(), name: Text::new("tiny/one").unwrap() };
-        let network: NetworkId = NetworkId::new("library").unwrap();
+        let network: NetworkId = "library".parse().unwrap();
         let library = Library::open(dir.path(), &policy, &network).unwrap();
         let source = dir.path().join("source");
         fs::create_dir(&source).unwrap();

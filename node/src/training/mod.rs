@@ -18,12 +18,16 @@
 //! | [`commons`] | what both roles share: the broadcast of versions |
 //! | [`sampler`], [`sampling`] | the sampler's role; a task, an answer, a reward |
 //! | [`trainer`], [`learning`] | the trainer's role; the learner's thread |
+//! | [`external`] | somebody outside the node learns instead |
 //! | [`sessions`] | who is connected, and whom to connect to |
 //! | [`disk`], [`library`] | frames and chunks on disk; a policy's versions |
+//! | [`evidence`] | what a convicted sampler signed, for anybody to check |
 //! | [`metrics`] | its figures for Prometheus |
 
 mod commons;
 mod disk;
+pub(crate) mod evidence;
+pub(crate) mod external;
 mod learning;
 pub(crate) mod library;
 pub(crate) mod metrics;
@@ -54,6 +58,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::commons::Commons;
 use self::disk::Disk;
+use self::external::Desk;
 use self::learning::Teacher;
 use self::library::Library;
 pub(crate) use self::room::News;
@@ -75,6 +80,8 @@ pub(crate) struct TrainingHandle {
     asks: mpsc::Sender<Ask>,
     /// The policy's engine, on a sampler.
     pub(crate) engine: Option<Arc<VersionedEngine>>,
+    /// Where a trainer outside the node works, if this one is trained so.
+    pub(crate) desk: Option<Arc<Desk>>,
 }
 
 impl TrainingHandle {
@@ -163,11 +170,11 @@ pub(crate) async fn start(parts: Parts) -> Result<Option<TrainingHandle>, Comman
     );
     let (asks_tx, asks) = mpsc::channel(ASK_QUEUE);
     let (drawn_tx, drawn) = mpsc::channel(DRAWN_QUEUE);
-    let (mut engine, mut learned) = (None, None);
+    let (mut engine, mut learned, mut desk) = (None, None, None);
     let role = if policy.owner == me {
         let secret = parts.rng.clone().bytes();
         let (role, lessons) = trainer(&parts.config, &directory, library, policy, &frames, secret)?;
-        learned = Some(lessons);
+        (learned, desk) = (Some(lessons), role.desk());
         Role::Trainer(Box::new(role))
     } else {
         let versioned = Arc::new(VersionedEngine::new(engine_config(&parts.config, &policy)));
@@ -181,7 +188,7 @@ pub(crate) async fn start(parts: Parts) -> Result<Option<TrainingHandle>, Comman
     };
     let sources = Sources { events, disk_done, drawn, learned, news: parts.news, asks };
     tokio::spawn(Room::new(common, role, parts.net, sources).run(parts.shutdown));
-    Ok(Some(TrainingHandle { asks: asks_tx, engine }))
+    Ok(Some(TrainingHandle { asks: asks_tx, engine, desk }))
 }
 
 async fn open_bulk(parts: &Parts) -> Result<(BulkHandle, mpsc::Receiver<BulkEvent>), CommandError> {

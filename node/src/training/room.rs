@@ -31,6 +31,8 @@ pub(crate) enum News {
     Providers(Hash, Vec<NodeId>),
     /// A node is connected.
     PeerUp(NodeId),
+    /// A node is not spoken with any more.
+    Banned(NodeId),
 }
 
 /// What the API asks of a room.
@@ -165,6 +167,7 @@ impl Room {
             News::Providers(key, nodes) if key == self.place => self.commons.sessions.providers(&nodes),
             News::Providers(..) => {}
             News::PeerUp(node) => self.commons.sessions.hurry(node),
+            News::Banned(node) => self.commons.sessions.close(node),
         }
     }
 
