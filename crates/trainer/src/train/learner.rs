@@ -85,6 +85,16 @@ impl Learner {
         report
     }
 
+    /// Takes over weights that somebody else made of a batch, as one step. The optimizer's moments stay what they were.
+    ///
+    /// # Errors
+    /// candle's, when their shapes are others.
+    pub fn adopt(&mut self, weights: &Policy) -> candle_core::Result<()> {
+        self.policy.set(weights)?;
+        self.step += 1;
+        Ok(())
+    }
+
     /// Writes a checkpoint: whole or not at all, since it is written beside the old one and then put in its place.
     ///
     /// # Errors
