@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use chorus_api::{
     Backend, BackendError, ChatTurn, CurveForm, Embedded, Health, LedgerFilter, LedgerPage, LocalReply, LocalRequest,
-    ModelCard, ModelKind, TaskLog,
+    ModelCard, ModelKind, Pieces, Rollouts, TaskLog, Update, Weights,
 };
 use chorus_core::{Command, TaskSpec};
 use chorus_engine::{
@@ -30,6 +30,7 @@ use crate::executor::Engines;
 use crate::metrics::Metrics;
 use crate::storage::TaskRecords;
 use crate::training::TrainingHandle;
+use crate::training::external::Desk;
 use crate::training::metrics::TrainingMetrics;
 
 /// How long a peer stays blocked: until it is unblocked or this node restarts.
@@ -104,6 +105,11 @@ impl NodeBackend {
             speed: models.first().and_then(|(_, speed)| *speed),
         };
         *self.loaded.write().unwrap_or_else(PoisonError::into_inner) = loaded;
+    }
+
+    fn desk(&self) -> Result<Arc<Desk>, BackendError> {
+        let room = self.room.as_ref().ok_or(BackendError::NoTraining)?;
+        room.desk.clone().ok_or(BackendError::NotExternal)
     }
 
     fn loaded(&self) -> Loaded {
@@ -341,6 +347,18 @@ impl Backend for NodeBackend {
             CurveForm::Csv => curve.to_csv(),
             CurveForm::Svg => curve.to_svg(&self.config.trainer.environments.join(", ")),
         })
+    }
+
+    async fn batch(&self, wait: Duration) -> Result<Option<Rollouts>, BackendError> {
+        self.desk()?.batch(wait).await
+    }
+
+    async fn weights(&self) -> Result<Weights, BackendError> {
+        self.desk()?.weights().await
+    }
+
+    async fn learned(&self, update: Update, pieces: Pieces) -> Result<u64, BackendError> {
+        self.desk()?.learned(update, pieces).await
     }
 
     async fn peers(&self) -> Result<Vec<Value>, BackendError> {

@@ -148,6 +148,8 @@ pub(crate) struct TrainerSection {
     pub from: String,
     /// Where tasks come from, each as often as the others.
     pub environments: Vec<String>,
+    /// Somebody outside learns, over the local API (scripts/python); rate, anneal, kl and micro_batch are then its own affair.
+    pub external: bool,
     /// Every update waits for rollouts of its own weights.
     pub sequential: bool,
     /// Otherwise: how many updates the weights that wrote a rollout may be behind.
@@ -269,6 +271,7 @@ impl Default for TrainerSection {
             policy: String::new(),
             from: String::new(),
             environments: vec!["arithmetic-2".to_owned()],
+            external: false,
             sequential: false,
             staleness: 2,
             batch: 16,

@@ -1,11 +1,15 @@
 //! What the HTTP face needs of the node behind it, and nothing else.
 
+use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use chorus_core::TaskSpec;
 use chorus_protocol::job::{Finish, Role};
 use chorus_protocol::{Hash, NodeId, TaskId};
+use futures::stream::BoxStream;
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -41,6 +45,17 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Returns the learning curve of this node's trainer, or [`BackendError::NoTraining`].
     async fn curve(&self, form: CurveForm) -> Result<String, BackendError>;
+
+    /// Returns the batch that a trainer outside the node is to learn from next, the same until its weights came; nothing when there
+    /// is none within `wait`.
+    async fn batch(&self, wait: Duration) -> Result<Option<Rollouts>, BackendError>;
+
+    /// Returns the weights that the next batch updates.
+    async fn weights(&self) -> Result<Weights, BackendError>;
+
+    /// Takes the weights that came of a batch, in safetensors, and returns the step that they are of. What the pieces add up to is
+    /// bounded by the caller. Without a whole and fitting set of weights nothing changes.
+    async fn learned(&self, update: Update, pieces: Pieces) -> Result<u64, BackendError>;
 
     /// Returns the connected peers.
     async fn peers(&self) -> Result<Vec<Value>, BackendError>;
@@ -92,6 +107,45 @@ pub enum CurveForm {
     Csv,
     /// For a page.
     Svg,
+}
+
+/// A large body on its way, piece by piece. An error is its last piece.
+pub type Pieces = BoxStream<'static, Result<Bytes, BackendError>>;
+
+/// Rollouts for one update, as columns: `protocol/spec/rollout.md`.
+#[derive(Clone, Debug)]
+pub struct Rollouts {
+    /// The step of the weights that it updates.
+    pub step: u64,
+    /// The columns.
+    pub columns: Bytes,
+}
+
+/// The weights of a policy, in safetensors.
+pub struct Weights {
+    /// The updates that they went through.
+    pub step: u64,
+    /// How large they are, in bytes.
+    pub bytes: u64,
+    /// The file.
+    pub pieces: Pieces,
+}
+
+impl fmt::Debug for Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Weights").field("step", &self.step).field("bytes", &self.bytes).finish_non_exhaustive()
+    }
+}
+
+/// What a trainer outside the node says of an update.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Update {
+    /// The step of the batch that it learned from.
+    pub step: u64,
+    /// The gradient's length before it was clipped, for the curve; 0 when it was not said.
+    pub gradient: f64,
+    /// Mean importance weight before it was truncated, for the curve; 0 when it was not said.
+    pub importance: f32,
 }
 
 /// What a model is for.

@@ -18,6 +18,8 @@ pub struct ApiConfig {
     pub allowed_hosts: Vec<String>,
     /// The largest body of a request, in bytes.
     pub max_body_bytes: usize,
+    /// The largest body that brings a policy's weights, in bytes. It goes to disk as it comes.
+    pub max_weights_bytes: usize,
     /// Connections at a time; more wait to be accepted.
     pub max_connections: usize,
     /// Chat completions and embeddings at a time; more are refused with 429.
@@ -28,6 +30,8 @@ pub struct ApiConfig {
     pub idle_timeout: Duration,
     /// How long a client may take to send a body.
     pub body_timeout: Duration,
+    /// How long a client may take to send a policy's weights, and the node to examine them.
+    pub weights_timeout: Duration,
     /// How long a client may take to read what is there for it, before its connection is closed.
     pub write_timeout: Duration,
     /// How long everything may take that does not generate.
@@ -49,11 +53,13 @@ impl ApiConfig {
             token: None,
             allowed_hosts: Vec::new(),
             max_body_bytes: 2 << 20,
+            max_weights_bytes: 1 << 30,
             max_connections: 512,
             max_generations: 64,
             max_streams: 256,
             idle_timeout: Duration::from_secs(60),
             body_timeout: Duration::from_secs(30),
+            weights_timeout: Duration::from_secs(600),
             write_timeout: Duration::from_secs(60),
             request_timeout: Duration::from_secs(10),
             generate_timeout: Duration::from_secs(600),
@@ -77,6 +83,7 @@ impl ApiConfig {
         }
         let limits = [
             ("max_body_bytes", self.max_body_bytes),
+            ("max_weights_bytes", self.max_weights_bytes),
             ("max_connections", self.max_connections),
             ("max_generations", self.max_generations),
             ("max_streams", self.max_streams),
@@ -84,6 +91,7 @@ impl ApiConfig {
         let times = [
             ("idle_timeout", self.idle_timeout),
             ("body_timeout", self.body_timeout),
+            ("weights_timeout", self.weights_timeout),
             ("write_timeout", self.write_timeout),
             ("request_timeout", self.request_timeout),
             ("generate_timeout", self.generate_timeout),

@@ -44,6 +44,25 @@ pub enum BackendError {
         "this node trains no policy and samples for none; start one with `chorus trainer run` or `chorus node run --sample NAME@ID`"
     )]
     NoTraining,
+    /// The policy is trained by the node itself.
+    #[error(
+        "this node trains its policy itself, or none; start the trainer with `chorus trainer run --external` to train it from outside"
+    )]
+    NotExternal,
+    /// The weights are of another update than the one that is waited for.
+    #[error("{}", other_step(*given, *expected))]
+    OtherStep {
+        /// The step that the request names.
+        given: u64,
+        /// The step of the batch that waits for its weights, if one does.
+        expected: Option<u64>,
+    },
+    /// A body is larger than the route takes.
+    #[error("the body is larger than {limit} bytes, which is the most that this route takes; send less at a time")]
+    TooLarge {
+        /// The most that it takes, in bytes.
+        limit: usize,
+    },
     /// Something is still being started.
     #[error("{what} is still starting; try again in a moment, `chorus status` says how far it is")]
     Starting {
@@ -95,7 +114,7 @@ pub enum BackendError {
         limit: Duration,
     },
     /// The disk does not take what must be on it before the request is acknowledged.
-    #[error("the task was not taken, because it cannot be written to disk: {reason}")]
+    #[error("the request was not taken, because it cannot be written to disk: {reason}")]
     Disk {
         /// Why, and what to do.
         reason: String,
@@ -142,6 +161,8 @@ impl BackendError {
             | Self::EntryNotFound { .. }
             | Self::PeerNotFound { .. }
             | Self::NoTraining => 404,
+            Self::NotExternal | Self::OtherStep { .. } => 409,
+            Self::TooLarge { .. } => 413,
             Self::Overloaded { .. } => 429,
             Self::Cancelled => CLIENT_CLOSED_REQUEST,
             Self::NoEngine | Self::NoEmbedder | Self::Starting { .. } | Self::ShuttingDown => 503,
@@ -166,6 +187,9 @@ impl BackendError {
             Self::NoEngine => "no_engine",
             Self::NoEmbedder => "no_embedder",
             Self::NoTraining => "no_training",
+            Self::NotExternal => "not_external",
+            Self::TooLarge { .. } => "body_too_large",
+            Self::OtherStep { .. } => "other_step",
             Self::Starting { .. } => "starting",
             Self::ContextExceeded { .. } => "context_length_exceeded",
             Self::Overloaded { .. } => "overloaded",
@@ -197,8 +221,21 @@ impl BackendError {
         match self {
             Self::InvalidRequest { param, .. } => param.clone(),
             Self::ModelNotFound { .. } => Some("model".to_owned()),
+            Self::OtherStep { .. } => Some("step".to_owned()),
             Self::ContextExceeded { .. } => Some("messages".to_owned()),
             _ => None,
+        }
+    }
+}
+
+fn other_step(given: u64, expected: Option<u64>) -> String {
+    match expected {
+        Some(expected) => format!(
+            "the batch that waits for weights is of step {expected}, not {given}; begin with GET /v1/training/weights and send \
+             the weights that come of that batch with step={expected}"
+        ),
+        None => {
+            format!("no batch waits for weights, so none of step {given}; fetch one first, with GET /v1/training/batch")
         }
     }
 }

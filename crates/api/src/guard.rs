@@ -7,7 +7,8 @@
 //! 3. **Token.** If there is one, it must be sent as `Authorization: Bearer`; it is compared in constant time. `/healthz` says
 //!    nothing worth a token and is open.
 //! 4. **Body.** One that is announced too large is refused unread, and one that is not JSON too: `application/json` is a type
-//!    that a browser does not send to another host without asking first.
+//!    that a browser does not send to another host without asking first. The one route that takes a policy's weights has a limit of its
+//!    own and wants `application/octet-stream`, for which the same holds.
 
 use std::hint::black_box;
 
@@ -16,10 +17,12 @@ use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST, ORIG
 use axum::http::{HeaderMap, HeaderName, Method, StatusCode};
 
 use crate::config::ApiConfig;
-use crate::error::Fault;
+use crate::error::{BackendError, Fault};
 
 /// The one route that needs no token.
 pub(crate) const HEALTH_ROUTE: &str = "/healthz";
+/// The one route whose body is no JSON.
+pub(crate) const WEIGHTS_ROUTE: &str = "/v1/training/weights";
 
 /// Says whether a request may pass.
 pub(crate) fn check(config: &ApiConfig, request: &Request) -> Result<(), Fault> {
@@ -30,7 +33,7 @@ pub(crate) fn check(config: &ApiConfig, request: &Request) -> Result<(), Fault> 
     if request.uri().path() != HEALTH_ROUTE {
         check_token(config, headers)?;
     }
-    check_body(config, request.method(), headers)
+    check_body(config, request)
 }
 
 fn check_host(config: &ApiConfig, host: Option<&str>) -> Result<(), Fault> {
@@ -84,26 +87,30 @@ fn check_token(config: &ApiConfig, headers: &HeaderMap) -> Result<(), Fault> {
     }
 }
 
-fn check_body(config: &ApiConfig, method: &Method, headers: &HeaderMap) -> Result<(), Fault> {
+fn check_body(config: &ApiConfig, request: &Request) -> Result<(), Fault> {
+    let headers = request.headers();
+    let (limit, kind, words) = match request.uri().path() {
+        WEIGHTS_ROUTE => (config.max_weights_bytes, "application/octet-stream", "safetensors"),
+        _ => (config.max_body_bytes, "application/json", "JSON"),
+    };
     let announced = text(headers, CONTENT_LENGTH).and_then(|length| length.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > config.max_body_bytes as u64) {
-        return Err(too_large(config.max_body_bytes));
+    if announced.is_some_and(|length| length > limit as u64) {
+        return Err(too_large(limit));
     }
-    if *method != Method::POST {
+    if *request.method() != Method::POST {
         return Ok(());
     }
     let essence = text(headers, CONTENT_TYPE).and_then(|value| value.split(';').next()).map(str::trim);
-    if essence.is_some_and(|essence| essence.eq_ignore_ascii_case("application/json")) {
+    if essence.is_some_and(|essence| essence.eq_ignore_ascii_case(kind)) {
         return Ok(());
     }
-    let message = "the body must be JSON; send it with 'Content-Type: application/json'";
+    let message = format!("the body must be {words}; send it with 'Content-Type: {kind}'");
     Err(Fault::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message))
 }
 
 /// A body is larger than it may be.
 pub(crate) fn too_large(limit: usize) -> Fault {
-    let message = format!("the body is larger than {limit} bytes; shorten it, or split it into several requests");
-    Fault::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+    BackendError::TooLarge { limit }.into()
 }
 
 fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {

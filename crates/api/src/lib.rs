@@ -23,6 +23,8 @@
 //! | `GET /v1/tasks/{id}/events` | follows a task; resumes by `Last-Event-ID` or `?from=` |
 //! | `GET /v1/status`, `GET /v1/peers` | what the node does, who is connected |
 //! | `POST /v1/peers/{node}` | refuses a node, or lets it in again |
+//! | `GET /v1/training`, `GET /v1/training/curve` | how far this node's trainer or sampler is |
+//! | `GET /v1/training/batch`, `GET` and `POST /v1/training/weights` | for a trainer outside the node: what to learn from, and what came of it |
 //! | `GET /v1/ledger`, `GET /v1/ledger/{hash}` | the replicated ledger, page by page |
 //! | `GET /metrics`, `GET /healthz` | for Prometheus, and for whoever supervises the process |
 //!
@@ -51,8 +53,9 @@ mod training;
 
 pub use backend::{
     Backend, ChatTurn, CurveForm, Embedded, Health, LedgerFilter, LedgerPage, LocalReply, LocalRequest, ModelCard,
-    ModelKind,
+    ModelKind, Pieces, Rollouts, Update, Weights,
 };
+pub use bytes::Bytes;
 pub use config::{ApiConfig, ApiError, MIN_TOKEN_CHARS};
 pub use error::BackendError;
 pub use serve::{BoundApi, serve};

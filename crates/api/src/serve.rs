@@ -19,7 +19,7 @@ use crate::app::{App, Shared};
 use crate::backend::Backend;
 use crate::config::{ApiConfig, ApiError};
 use crate::error::Fault;
-use crate::guard::HEALTH_ROUTE;
+use crate::guard::{HEALTH_ROUTE, WEIGHTS_ROUTE};
 use crate::listener::{ConnectionHandle, Listener};
 use crate::{chat, embeddings, journal, models, node, observe, tasks, training};
 
@@ -94,6 +94,8 @@ fn router(app: App) -> Router {
         .route("/v1/peers/{node}", post(node::set_blocked))
         .route("/v1/training", get(training::status))
         .route("/v1/training/curve", get(training::curve))
+        .route("/v1/training/batch", get(training::batch))
+        .route(WEIGHTS_ROUTE, get(training::weights).post(training::learned))
         .route("/v1/ledger", get(node::ledger))
         .route("/v1/ledger/{hash}", get(node::ledger_entry))
         .route("/metrics", get(node::metrics))
@@ -108,7 +110,7 @@ async fn no_route(request: Request) -> Response {
     let path: String = request.uri().path().chars().take(80).collect();
     let message = format!(
         "there is no {path} here; the API has /v1/chat/completions, /v1/models, /v1/embeddings, /v1/tasks, /v1/status, \
-         /v1/peers, /v1/ledger, /metrics and /healthz"
+         /v1/peers, /v1/training, /v1/ledger, /metrics and /healthz"
     );
     Fault::new(StatusCode::NOT_FOUND, "unknown_route", message).into_response()
 }

@@ -1,7 +1,7 @@
 //! The learner's thread: batches in, better weights out. Nothing else in the process waits for it.
 //!
 //! ```text
-//!  Room ──Learn(batch)──▶ Auditor::admit ─▶ Learner::step ──Stepped, findings──▶ Room
+//!  Room ──Learn(batch)──▶ Auditor::admit ─▶ Learner::step, or Outside::learn ──Stepped, findings──▶ Room
 //!       ──Save(progress)─▶ checkpoint on disk ─▶ a new version's files ──Saved──▶ Room: sign, publish
 //! ```
 //!
@@ -24,6 +24,7 @@ use chorus_trainer::trust::{AuditConfig, AuditTally, Auditor, Finding};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use super::external::{Desk, Outside};
 use super::library::{Library, write_whole};
 use crate::config::TrainerSection;
 use crate::error::CommandError;
@@ -83,6 +84,17 @@ struct Beside {
 /// The way to the learner's thread.
 pub(super) struct Teacher {
     queue: SyncSender<Lesson>,
+    /// Where somebody outside learns instead of the thread.
+    desk: Option<Arc<Desk>>,
+}
+
+impl Drop for Teacher {
+    /// A thread that waits for somebody outside ends too.
+    fn drop(&mut self) {
+        if let Some(desk) = &self.desk {
+            desk.close();
+        }
+    }
 }
 
 impl Teacher {
@@ -107,6 +119,9 @@ impl Teacher {
         } else {
             (begin(section)?, None)
         };
+        let outside = section.external.then(|| Outside::open(directory, &learner)).transpose();
+        let outside = outside.map_err(CommandError::machine)?;
+        let desk = outside.as_ref().map(Outside::desk);
         let (queue, lessons) = sync_channel(QUEUE);
         let (learned_tx, learned) = mpsc::channel(QUEUE * 2);
         let curve = resumed.as_ref().map_or_else(Curve::default, |resumed| resumed.curve.clone());
@@ -115,6 +130,7 @@ impl Teacher {
         hold_known(&mut auditor, &library);
         let pupil = Pupil {
             learner,
+            outside,
             judge: Judge::new(environments.clone(), DEFAULT_LIMIT),
             environments,
             auditor,
@@ -132,7 +148,12 @@ impl Teacher {
             .name("chorus-learner".to_owned())
             .spawn(move || pupil.run(&lessons))
             .map_err(CommandError::machine)?;
-        Ok((Self { queue }, learned, resumed))
+        Ok((Self { queue, desk }, learned, resumed))
+    }
+
+    /// Returns where somebody outside learns, if nobody in here does.
+    pub(super) fn desk(&self) -> Option<&Arc<Desk>> {
+        self.desk.as_ref()
     }
 
     /// Hands a lesson over. The room never has more than one batch and one checkpoint under way, so there is always a place.
@@ -199,6 +220,8 @@ fn resume(directory: &Path, step: u64) -> Result<Resumed, CommandError> {
 /// The thread's side.
 struct Pupil {
     learner: Learner,
+    /// Who makes the updates, if it is not the learner itself.
+    outside: Option<Outside>,
     environments: Vec<Arc<dyn Environment>>,
     judge: Judge,
     auditor: Auditor,
@@ -220,7 +243,10 @@ impl Pupil {
     fn run(mut self, lessons: &Receiver<Lesson>) {
         while let Ok(lesson) = lessons.recv() {
             let learned = match lesson {
-                Lesson::Learn(batch) => self.learn(&batch),
+                Lesson::Learn(batch) => match self.learn(&batch) {
+                    Some(learned) => learned,
+                    None => break,
+                },
                 Lesson::Save { progress, parent, made } => match self.save(&progress, parent, made) {
                     Ok(manifest) => Learned::Saved { progress, manifest: Box::new(manifest) },
                     Err(why) => Learned::NotSaved { why },
@@ -232,7 +258,8 @@ impl Pupil {
         }
     }
 
-    fn learn(&mut self, batch: &Batch) -> Learned {
+    /// Learns from a batch. Nothing when somebody outside should have, and the room has ended.
+    fn learn(&mut self, batch: &Batch) -> Option<Learned> {
         let step = self.learner.steps();
         let held_out = step.is_multiple_of(self.look.max(1)).then(|| self.held_out()).flatten();
         let begun = Instant::now();
@@ -241,13 +268,17 @@ impl Pupil {
         let mut audit = Audit { tally: self.auditor.tally(), seconds: self.audited, ..Audit::default() };
         let admission = match admitted {
             Ok(admission) => admission,
-            Err(error) => return Learned::Skipped { step, why: error.to_string(), audit },
+            Err(error) => return Some(Learned::Skipped { step, why: error.to_string(), audit }),
         };
         audit.findings = admission.findings;
-        match self.learner.step(&admission.groups) {
+        let report = match &self.outside {
+            None => self.learner.step(&admission.groups).map_err(|error| error.to_string()),
+            Some(outside) => outside.learn(&mut self.learner, batch, &admission.groups)?,
+        };
+        Some(match report {
             Ok(report) => Learned::Stepped { point: self.point(step, &report, held_out), audit },
-            Err(error) => Learned::Skipped { step, why: error.to_string(), audit },
-        }
+            Err(why) => Learned::Skipped { step, why, audit },
+        })
     }
 
     fn point(&self, step: u64, report: &StepReport, held_out: Option<f32>) -> Point {

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use chorus_machine::{Machine, Outbox};
@@ -20,6 +21,7 @@ use serde_json::{Value, json};
 
 use super::commons::Commons;
 use super::disk::{Done, Job};
+use super::external::Desk;
 use super::learning::{Audit, Learned, Lesson, Teacher};
 use crate::config::TrainerSection;
 use crate::driver::wall;
@@ -88,6 +90,11 @@ impl TrainerRole {
             learning_since: None,
             learned_for: std::time::Duration::ZERO,
         }
+    }
+
+    /// Returns where somebody outside learns, if nobody in here does.
+    pub(super) fn desk(&self) -> Option<Arc<Desk>> {
+        self.teacher.desk().cloned()
     }
 
     /// Publishes the weights that the run begins with, or goes on from.
@@ -388,7 +395,10 @@ impl TrainerRole {
             return "nothing: the run has ended".to_owned();
         }
         match self.buffer.awaits() {
-            LearnerAwaits::Nothing => "nothing: it learns".to_owned(),
+            LearnerAwaits::Nothing => {
+                let outside = self.teacher.desk().and_then(|desk| desk.waits_for());
+                outside.unwrap_or_else(|| "nothing: it learns".to_owned())
+            }
             LearnerAwaits::Version { step } => format!("a version of step {step} or later to be published"),
             LearnerAwaits::Sampler => "a sampler: start one with  chorus node run --sample <policy>".to_owned(),
             LearnerAwaits::Rollouts { ready, batch, longest } => {

@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use chorus_api::{
-    Backend, BackendError, Embedded, Health, LedgerFilter, LedgerPage, LocalReply, LocalRequest, ModelCard, ModelKind,
-    TaskLog,
+    Backend, BackendError, Bytes, CurveForm, Embedded, Health, LedgerFilter, LedgerPage, LocalReply, LocalRequest,
+    ModelCard, ModelKind, Pieces, Rollouts, TaskLog, Update, Weights,
 };
 use chorus_core::{EVENTS_A_RUN, TaskAnswer, TaskError, TaskEvent, TaskEventKind, TaskSpec};
 use chorus_protocol::job::Finish;
 use chorus_protocol::{Hash, JobId, NodeId, SecretKey, TaskId};
 use chorus_scheduler::{ChainReport, Place, StepReport};
+use futures::StreamExt;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -44,6 +45,10 @@ pub struct Rote {
     /// The disk, which a later API may be given.
     pub disk: Arc<Mutex<BTreeMap<TaskId, Vec<u8>>>>,
     pub disk_full: AtomicBool,
+    /// The step of the batch that waits for its weights.
+    pub batch: Mutex<Option<u64>>,
+    /// The updates that came from outside.
+    pub learned: Mutex<Vec<(Update, usize)>>,
 }
 
 pub fn node(number: u8) -> NodeId {
@@ -114,6 +119,33 @@ impl Backend for Face {
             CurveForm::Csv => Ok("step,seconds\n".to_owned()),
             CurveForm::Svg => Ok("<svg/>".to_owned()),
         }
+    }
+
+    async fn batch(&self, wait: Duration) -> Result<Option<Rollouts>, BackendError> {
+        let step = *self.batch.lock().unwrap();
+        if step.is_none() {
+            tokio::time::sleep(wait).await;
+        }
+        Ok(step.map(|step| Rollouts { step, columns: Bytes::from_static(b"columns") }))
+    }
+
+    async fn weights(&self) -> Result<Weights, BackendError> {
+        let step = self.batch.lock().unwrap().ok_or(BackendError::NotExternal)?;
+        let pieces = ["half", "half"].map(|piece| Ok(Bytes::from_static(piece.as_bytes())));
+        Ok(Weights { step, bytes: 8, pieces: futures::stream::iter(pieces).boxed() })
+    }
+
+    async fn learned(&self, update: Update, mut pieces: Pieces) -> Result<u64, BackendError> {
+        let expected = *self.batch.lock().unwrap();
+        if expected != Some(update.step) {
+            return Err(BackendError::OtherStep { given: update.step, expected });
+        }
+        let mut bytes = 0;
+        while let Some(piece) = pieces.next().await {
+            bytes += piece?.len();
+        }
+        self.0.learned.lock().unwrap().push((update, bytes));
+        Ok(update.step + 1)
     }
 
     async fn status(&self) -> Result<Value, BackendError> {

@@ -9,3 +9,4 @@ mod limits;
 mod node;
 mod security;
 mod tasks;
+mod training;

@@ -48,17 +48,6 @@ async fn the_ledger_is_read_page_by_page() {
 }
 
 #[tokio::test]
-async fn training_is_told_and_its_curve_drawn_in_the_form_that_was_asked_for() {
-    let api = start().await;
-    assert_eq!(api.get("/v1/training").await, (200, json!({ "role": "trainer", "step": 3 })));
-    assert_error(&api.get("/v1/training/curve").await, 404, "no_training");
-    assert_error(&api.get("/v1/training/curve?form=png").await, 400, "invalid_value");
-    assert_error(&api.get("/v1/training/curve?size=9").await, 400, "unknown_field");
-    let csv = api.raw("GET /v1/training/curve?form=csv HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await;
-    assert!(csv.contains("text/csv") && csv.ends_with("step,seconds\n"), "{csv}");
-}
-
-#[tokio::test]
 async fn health_says_what_is_waited_for() {
     let api = start().await;
     assert_eq!(api.get("/healthz").await, (200, json!({ "status": "ok", "waiting_for": [] })));
