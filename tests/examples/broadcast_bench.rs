@@ -35,7 +35,10 @@ fn main() {
     let bytes: u64 =
         std::fs::read_dir(from.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
     let line = bytes as f64 * 8.0 / (f64::from(UPLINK) * 1e6);
-    println!("a version of {:.1} MiB, an uplink of {UPLINK} Mbit/s: {line:.2} s if nothing else were sent", bytes as f64 / 1_048_576.0);
+    println!(
+        "a version of {:.1} MiB, an uplink of {UPLINK} Mbit/s: {line:.2} s if nothing else were sent",
+        bytes as f64 / 1_048_576.0
+    );
     let mut ratios = Vec::new();
     for round in 0..ROUNDS {
         let Some(one) = broadcast(from.path(), 1, true, bytes) else {
@@ -45,16 +48,24 @@ fn main() {
         let all = broadcast(from.path(), WORKERS, true, bytes).unwrap();
         println!(
             "round {round}: one worker {:.2} s; {WORKERS} workers {:.2} s = {:.2} of it, the owner sent {:.2} copies",
-            one.seconds, all.seconds, all.seconds / one.seconds, all.copies
+            one.seconds,
+            all.seconds,
+            all.seconds / one.seconds,
+            all.copies
         );
         ratios.push((all.seconds / one.seconds, all.copies));
     }
     let star = broadcast(from.path(), WORKERS, false, bytes).unwrap();
-    println!("star: {WORKERS} workers that pass nothing on {:.2} s, the owner sent {:.2} copies", star.seconds, star.copies);
+    println!(
+        "star: {WORKERS} workers that pass nothing on {:.2} s, the owner sent {:.2} copies",
+        star.seconds, star.copies
+    );
     ratios.sort_by(|a, b| a.0.total_cmp(&b.0));
     let (least, median, most) = (ratios[0].0, ratios[ROUNDS / 2].0, ratios[ROUNDS - 1].0);
     let copies = ratios.iter().map(|ratio| ratio.1).fold(0.0, f64::max);
-    println!("pipeline: {median:.2} ({least:.2} to {most:.2}) of one worker's time (target 1.3); at most {copies:.2} copies (target 1.5)");
+    println!(
+        "pipeline: {median:.2} ({least:.2} to {most:.2}) of one worker's time (target 1.3); at most {copies:.2} copies (target 1.5)"
+    );
 }
 
 /// Starts the workers, lets them find each other, starts the owner, and waits until every worker has the version.

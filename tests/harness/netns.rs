@@ -130,7 +130,8 @@ impl Lab {
     pub fn key(&self, machine: &str) -> String {
         let dir = self.dir.path().join(machine);
         let said = |words: &[&str]| {
-            let output = Command::new(binary()).arg("--data-dir").arg(&dir).args(words).output().expect("the binary runs");
+            let output =
+                Command::new(binary()).arg("--data-dir").arg(&dir).args(words).output().expect("the binary runs");
             assert!(output.status.success(), "{words:?}: {output:?}");
             String::from_utf8_lossy(&output.stdout).trim().to_owned()
         };
