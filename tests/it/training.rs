@@ -15,14 +15,16 @@ fn ready() -> PathBuf {
 /// Small updates, so that a test sees many of them.
 fn trainer(more: &str) -> NodeOptions {
     let config = format!(
-        "[trainer]\npolicy = \"lesson\"\nfrom = \"{}\"\nbatch = 4\nmembers = 4\nevaluate_every = 1000\n{more}",
+        "[engine]\nthreads = 1\n[trainer]\npolicy = \"lesson\"\nfrom = \"{}\"\nbatch = 4\nmembers = 4\nevaluate_every = 1000\n{more}",
         ready().display()
     );
     NodeOptions { config, ..NodeOptions::asker() }
 }
 
 fn sampler(trainer: &Node) -> NodeOptions {
-    NodeOptions { args: vec!["--sample".into(), format!("lesson@{}", trainer.id())], ..NodeOptions::asker() }
+    // One thread, since other tests want the processor too.
+    let config = "[engine]\nthreads = 1\n".to_owned();
+    NodeOptions { config, args: vec!["--sample".into(), format!("lesson@{}", trainer.id())], ..NodeOptions::asker() }
 }
 
 fn training(node: &Node) -> Option<Value> {

@@ -148,6 +148,9 @@ impl Room {
                 Role::Trainer(role) => role.expire(&mut self.commons),
             }
         }
+        if let Role::Trainer(role) = &mut self.role {
+            role.tick();
+        }
         if self.seek_at <= now {
             let _ = self.net.find_providers(self.place);
             self.seek_at = now + self.seek_every;

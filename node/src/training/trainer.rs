@@ -26,6 +26,8 @@ use super::learning::{Audit, Learned, Lesson, Teacher};
 use crate::config::TrainerSection;
 use crate::driver::wall;
 
+/// How long a checkpoint that was not written is left alone.
+const SAVE_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
 /// Updates in a row that may come to nothing before the run stops and says so.
 const MAX_SKIPPED: u32 = 10;
 
@@ -48,6 +50,8 @@ pub(super) struct TrainerRole {
     step: u64,
     published: Option<(Version, u64)>,
     saving: bool,
+    /// Why the last checkpoint was not written, and when that was tried.
+    unsaved: Option<(String, Instant)>,
     end: Option<End>,
     skipped: u32,
     audit: (AuditTally, f64),
@@ -79,6 +83,7 @@ impl TrainerRole {
             step,
             published: None,
             saving: false,
+            unsaved: None,
             end: None,
             skipped: 0,
             audit: (AuditTally::default(), 0.0),
@@ -201,6 +206,7 @@ impl TrainerRole {
             Learned::NotSaved { why } => {
                 self.saving = false;
                 tracing::error!(%why, "no checkpoint could be written; samplers go on with the version they have");
+                self.unsaved = Some((why, Instant::now()));
             }
         }
     }
@@ -283,13 +289,23 @@ impl TrainerRole {
         }
     }
 
+    /// Tries again to write a checkpoint that the disk did not take. Only while no batch is out: then weights and buffer are of one
+    /// moment. The learner comes to that point by itself, since nothing newer than the last checkpoint is published.
+    pub(super) fn tick(&mut self) {
+        let due = self.unsaved.as_ref().is_some_and(|(_, since)| since.elapsed() >= SAVE_AGAIN);
+        if due && !self.saving && self.learning_since.is_none() {
+            let progress = self.buffer.progress();
+            self.save(progress);
+        }
+    }
+
     fn save(&mut self, progress: Progress) {
         let parent = self.published.map(|(version, _)| version);
         self.saving = self.teacher.teach(Lesson::Save { progress, parent, made: wall() });
     }
 
     fn saved(&mut self, room: &mut Commons, progress: Progress, manifest: Manifest) {
-        self.saving = false;
+        (self.saving, self.unsaved) = (false, None);
         let (version, step) = (manifest.version, manifest.step);
         if let Err(why) = room.publish(manifest) {
             tracing::error!(why, step, "the version was not published; the next one will be");
@@ -393,6 +409,9 @@ impl TrainerRole {
     fn waits_for(&self) -> String {
         if self.end.is_some() {
             return "nothing: the run has ended".to_owned();
+        }
+        if let Some((why, _)) = &self.unsaved {
+            return format!("the disk to take a checkpoint: {why}");
         }
         match self.buffer.awaits() {
             LearnerAwaits::Nothing => {
