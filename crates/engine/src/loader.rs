@@ -20,7 +20,7 @@ use std::{
     sync::Arc,
 };
 
-use mistralrs::{GgufModelBuilder, Model, ModelDType, Request, TextModelBuilder};
+use mistralrs::{DeviceMapSetting, GgufModelBuilder, Model, ModelDType, Request, TextModelBuilder};
 use tokio::sync::mpsc;
 
 use crate::{EngineError, ModelSource, source};
@@ -109,7 +109,13 @@ async fn build(spec: &LoadSpec, dtype: ModelDType) -> Result<Model, String> {
 
 fn text_builder(model: &str, sequences: usize, force_cpu: bool) -> TextModelBuilder {
     let builder = TextModelBuilder::new(model).with_max_num_seqs(sequences).with_prefix_cache_n(None);
-    if force_cpu { builder.with_force_cpu() } else { builder }
+    let builder = if force_cpu { builder.with_force_cpu() } else { builder };
+    if force_cpu || !cfg!(any(feature = "cuda", feature = "metal")) {
+        // There is one device. To find that out, mistral.rs would read what the system says of every process and thread, which
+        // takes longer than a small model does.
+        return builder.with_device_mapping(DeviceMapSetting::dummy());
+    }
+    builder
 }
 
 /// Splits a path into a directory that exists for mistral.rs (it would look on the hub otherwise)
