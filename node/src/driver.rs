@@ -57,7 +57,21 @@ pub(crate) struct NodeHandle {
     requests: mpsc::Sender<Request>,
 }
 
+/// Where the driver takes requests from.
+pub(crate) struct Requests(mpsc::Receiver<Request>);
+
 impl NodeHandle {
+    /// Makes the way to a driver that does not run yet.
+    pub(crate) fn channel() -> (Self, Requests) {
+        let (requests, queue) = mpsc::channel(REQUEST_QUEUE);
+        (Self { requests }, Requests(queue))
+    }
+
+    /// Hands a command in if there is room. Returns whether there was.
+    pub(crate) fn try_command(&self, command: Command) -> bool {
+        self.requests.try_send(Request::Command(Box::new(command))).is_ok()
+    }
+
     /// Hands a command in.
     pub(crate) async fn command(&self, command: Command) -> Result<(), Stopped> {
         self.requests.send(Request::Command(Box::new(command))).await.map_err(|_| Stopped)
@@ -91,6 +105,7 @@ pub(crate) struct Parts {
     pub disk: Disk,
     pub inputs_tx: mpsc::Sender<Input>,
     pub inputs_rx: mpsc::Receiver<Input>,
+    pub requests: Requests,
     pub tasks: Arc<TaskLog>,
     pub metrics: Arc<Metrics>,
     /// Where what a training room wants to know goes.
@@ -120,9 +135,8 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    pub(crate) fn new(parts: Parts) -> (Self, NodeHandle) {
-        let (requests_tx, requests) = mpsc::channel(REQUEST_QUEUE);
-        let driver = Self {
+    pub(crate) fn new(parts: Parts) -> Self {
+        Self {
             node: parts.node,
             rng: parts.rng,
             epoch: Instant::now(),
@@ -132,7 +146,7 @@ impl Driver {
             engine: EngineShell::new(parts.inputs_tx),
             jobs: JobSpans::default(),
             inputs: parts.inputs_rx,
-            requests,
+            requests: parts.requests.0,
             tasks: parts.tasks,
             metrics: parts.metrics,
             news: parts.news,
@@ -140,8 +154,7 @@ impl Driver {
             unjudged: BTreeMap::new(),
             next_token: 0,
             out: Outbox::new(),
-        };
-        (driver, NodeHandle { requests: requests_tx })
+        }
     }
 
     /// Gives the node back what it had on disk.
@@ -297,6 +310,9 @@ impl Driver {
                 self.metrics.task_done(&result);
                 self.tasks.finish(task, result.map(|answer| *answer));
             }
+            // The training room is the only customer that hands jobs in by itself.
+            Effect::Job(event) => self.tell(News::Job(event)),
+            Effect::JobDone { job, result } => self.tell(News::JobDone { job, result }),
             Effect::Event(event) => self.on_event(&event),
         }
         Ok(())

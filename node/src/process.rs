@@ -56,6 +56,7 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
     let mut rng = Rng::from_seed(entropy()?);
     let shutdown = CancellationToken::new();
     let (news_tx, news) = mpsc::channel(NEWS_QUEUE);
+    let (handle, requests) = NodeHandle::channel();
     let room = training::Parts {
         config: config.clone(),
         key: key.clone(),
@@ -67,7 +68,7 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
     };
     let room = training::start(room).await?;
     let (tasks, metrics) = (Arc::new(TaskLog::default()), Arc::new(Metrics::default()));
-    let (mut driver, handle) = Driver::new(Parts {
+    let mut driver = Driver::new(Parts {
         node: Node::new(node_config(&config)?, key.clone()),
         rng: rng.fork(),
         net: net.clone(),
@@ -75,6 +76,7 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
         disk,
         inputs_tx,
         inputs_rx,
+        requests,
         tasks: Arc::clone(&tasks),
         metrics: Arc::clone(&metrics),
         news: news_tx,

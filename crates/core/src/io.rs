@@ -1,6 +1,6 @@
 //! What a node is told, and what it wants done.
 
-use chorus_beacon::{JobError, JobEvent, RunId};
+use chorus_beacon::{JobDone, JobError, JobEvent, JobSpec, RunId};
 use chorus_ledger::{LedgerEvent, PersistBatch};
 use chorus_machine::Time;
 use chorus_protocol::capability::Capability;
@@ -83,6 +83,11 @@ pub enum Command {
     Ask(Box<TaskSpec>),
     /// Stop a task.
     Cancel(TaskId),
+    /// Hand in a job that serves no task: the shell itself is the customer. Answered by [`Effect::Job`] and, once, by
+    /// [`Effect::JobDone`].
+    Submit(Box<JobSpec>),
+    /// Take such a job back.
+    Withdraw(JobId),
     /// This is what the node can do from now on, and how many jobs at a time.
     Offer(Box<Capability>),
     /// The node is about to leave: take no new work, tell the ledger.
@@ -222,6 +227,15 @@ pub enum Effect {
         task: TaskId,
         /// How.
         result: Result<Box<TaskAnswer>, TaskError>,
+    },
+    /// Tell the shell of a job that it handed in by [`Command::Submit`].
+    Job(JobEvent),
+    /// Such a job has ended.
+    JobDone {
+        /// Which.
+        job: JobId,
+        /// How.
+        result: Result<Box<JobDone>, JobError>,
     },
     /// Tell the log and the metrics.
     Event(NodeEvent),

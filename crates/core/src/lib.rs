@@ -32,7 +32,9 @@ pub use io::{Acceptance, Command, Effect, EngineInput, Input, NetInput, NodeEven
 pub use node::Node;
 pub use status::{ExecutorStatus, JobStatus, LedgerStatus, Status};
 
-pub use chorus_beacon::{BeaconConfig, JobError, JobEvent, JobEventKind, RunId, SelectionRule, hedge_id};
+pub use chorus_beacon::{
+    BeaconConfig, JobDone, JobError, JobEvent, JobEventKind, JobSpec, RunId, SelectionRule, hedge_id,
+};
 pub use chorus_ledger::{Ledger, LedgerConfig, LedgerEvent, PersistBatch};
 pub use chorus_machine::Time;
 pub use chorus_scheduler::spec::EVENTS_A_RUN;

@@ -1,17 +1,17 @@
 //! The router: one input in, and everything that follows from it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use chorus_beacon::{
-    Executor, ExecutorEffect, ExecutorInput, JobEventKind, Requester, RequesterEffect, RequesterInput,
+    Executor, ExecutorEffect, ExecutorInput, JobEventKind, JobSpec, Requester, RequesterEffect, RequesterInput,
 };
 use chorus_ledger::{Ledger, LedgerEffect, LedgerEvent, LedgerInput, PersistBatch};
 use chorus_machine::{Ctx, Machine, Outbox, Time, earliest};
 use chorus_protocol::capability::{Capability, Skill};
 use chorus_protocol::entry::{Body, Entry};
 use chorus_protocol::message::{Direct, LedgerGossip};
-use chorus_protocol::{NodeId, SecretKey, Verified};
+use chorus_protocol::{JobId, NodeId, SecretKey, Verified};
 use chorus_scheduler::spec::MAX_SKILLS;
 use chorus_scheduler::{Scheduler, SchedulerEffect, SchedulerInput};
 
@@ -45,6 +45,8 @@ pub struct Node {
     announce_at: Option<Time>,
     /// Nodes that it is connected to.
     peers: usize,
+    /// Jobs that the shell handed in, and not the scheduler.
+    shells: BTreeSet<JobId>,
     /// Numbers the appends, so that their failures can be told apart in the log.
     appends: u64,
     /// Routes not yet taken. Empty between turns, unless a turn hit its limit.
@@ -65,6 +67,7 @@ impl Node {
             offer: None,
             announce_at: None,
             peers: 0,
+            shells: BTreeSet::new(),
             appends: 0,
             routes: VecDeque::new(),
             config,
@@ -210,11 +213,19 @@ impl Node {
                     if !matches!(event.kind, JobEventKind::Progress { .. }) {
                         out.push(Effect::Event(NodeEvent::Job(event.clone())));
                     }
-                    self.route(Route::Scheduler(SchedulerInput::Job(event)));
+                    if self.shells.contains(&event.job) {
+                        out.push(Effect::Job(event));
+                    } else {
+                        self.route(Route::Scheduler(SchedulerInput::Job(event)));
+                    }
                 }
                 RequesterEffect::Done { job, result } => {
                     out.push(Effect::Event(NodeEvent::JobEnded { job, error: result.as_ref().err().cloned() }));
-                    self.route(Route::Scheduler(SchedulerInput::JobDone { job, result }));
+                    if self.shells.remove(&job) {
+                        out.push(Effect::JobDone { job, result });
+                    } else {
+                        self.route(Route::Scheduler(SchedulerInput::JobDone { job, result }));
+                    }
                 }
                 RequesterEffect::Penalise { peer, reason } => {
                     out.push(Effect::Penalise { peer, reason: reason.to_string() });
@@ -242,11 +253,7 @@ impl Node {
     fn on_scheduler(&mut self, effects: &mut Outbox<SchedulerEffect>, out: &mut Outbox<Effect>) {
         for effect in effects.drain() {
             match effect {
-                SchedulerEffect::Submit(spec) => {
-                    let submitted = NodeEvent::JobSubmitted { job: spec.job, task: spec.task, kind: spec.kind };
-                    out.push(Effect::Event(submitted));
-                    self.route(Route::Requester(RequesterInput::Submit(spec)));
-                }
+                SchedulerEffect::Submit(spec) => self.submit(spec, out),
                 SchedulerEffect::CancelJob(job) => self.route(Route::Requester(RequesterInput::Cancel(job))),
                 SchedulerEffect::Embed { request, text } => out.push(Effect::Embed { request, text }),
                 SchedulerEffect::Event(event) => out.push(Effect::Task(event)),
@@ -255,12 +262,18 @@ impl Node {
         }
     }
 
+    fn submit(&mut self, spec: Box<JobSpec>, out: &mut Outbox<Effect>) {
+        let submitted = NodeEvent::JobSubmitted { job: spec.job, task: spec.task, kind: spec.kind };
+        out.push(Effect::Event(submitted));
+        self.route(Route::Requester(RequesterInput::Submit(spec)));
+    }
+
     fn append(&mut self, body: Body) {
         self.appends += 1;
         self.route(Route::Ledger(LedgerInput::Append { request: self.appends, body }));
     }
 
-    fn on_command(&mut self, cx: &Ctx<'_>, command: Command) {
+    fn on_command(&mut self, cx: &Ctx<'_>, command: Command, out: &mut Outbox<Effect>) {
         match command {
             Command::Ask(mut spec) => {
                 if spec.skills.is_empty() {
@@ -269,6 +282,11 @@ impl Node {
                 self.route(Route::Scheduler(SchedulerInput::Ask(spec)));
             }
             Command::Cancel(task) => self.route(Route::Scheduler(SchedulerInput::Cancel(task))),
+            Command::Submit(spec) => {
+                self.shells.insert(spec.job);
+                self.submit(spec, out);
+            }
+            Command::Withdraw(job) => self.route(Route::Requester(RequesterInput::Cancel(job))),
             Command::Offer(capability) => self.offer(cx.now, Arc::new(*capability)),
             Command::Drain => {
                 self.offer = None;
@@ -377,6 +395,8 @@ impl Node {
             | Effect::Stop { .. }
             | Effect::Task(_)
             | Effect::TaskDone { .. }
+            | Effect::Job(_)
+            | Effect::JobDone { .. }
             | Effect::Event(_) => {}
         }
     }
@@ -389,7 +409,7 @@ impl Machine for Node {
     fn handle(&mut self, cx: &mut Ctx<'_>, input: Input, out: &mut Outbox<Effect>) {
         match input {
             Input::Net(input) => self.on_net(cx, input, out),
-            Input::Command(command) => self.on_command(cx, command),
+            Input::Command(command) => self.on_command(cx, command, out),
             Input::Store(input) => self.on_store(input),
             Input::Engine(input) => self.on_engine(input),
             Input::Overloaded(effect) => self.on_overloaded(*effect),

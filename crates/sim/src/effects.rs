@@ -179,7 +179,12 @@ impl World {
                 }
             }
             Effect::Embed { request, text } => self.embed(index, request, &text),
-            Effect::Penalise { .. } | Effect::Task(_) | Effect::TaskDone { .. } | Effect::Event(_) => {}
+            Effect::Penalise { .. }
+            | Effect::Task(_)
+            | Effect::TaskDone { .. }
+            | Effect::Job(_)
+            | Effect::JobDone { .. }
+            | Effect::Event(_) => {}
         }
     }
 

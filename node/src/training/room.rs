@@ -2,11 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use chorus_core::{JobDone, JobError, JobEvent};
 use chorus_machine::Time;
 use chorus_net::{BulkEvent, NetHandle, SessionId};
 use chorus_protocol::policy::Manifest;
 use chorus_protocol::rollout::Bulk;
-use chorus_protocol::{Admitted, Hash, NodeId};
+use chorus_protocol::{Admitted, Hash, JobId, NodeId};
 use chorus_rollout::broadcast::BroadcastInput;
 use chorus_rollout::sampler::SamplerInput;
 use chorus_trainer::train::Curve;
@@ -33,6 +34,10 @@ pub(crate) enum News {
     PeerUp(NodeId),
     /// A node is not spoken with any more.
     Banned(NodeId),
+    /// Something happened to a job of the room's own.
+    Job(JobEvent),
+    /// Such a job has ended.
+    JobDone { job: JobId, result: Result<Box<JobDone>, JobError> },
 }
 
 /// What the API asks of a room.
@@ -168,7 +173,7 @@ impl Room {
     fn news(&mut self, news: News) {
         match news {
             News::Providers(key, nodes) if key == self.place => self.commons.sessions.providers(&nodes),
-            News::Providers(..) => {}
+            News::Providers(..) | News::Job(_) | News::JobDone { .. } => {}
             News::PeerUp(node) => self.commons.sessions.hurry(node),
             News::Banned(node) => self.commons.sessions.close(node),
         }
