@@ -180,8 +180,11 @@ pub struct Receipt {
 impl Serialize for Receipt {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         use serde::ser::SerializeStruct;
-        let mut out = serializer.serialize_struct("Receipt", 3)?;
+        let work = self.work.unverified().ok();
+        let mut out = serializer.serialize_struct("Receipt", 5)?;
         out.serialize_field("executor", &self.work.claimed_author())?;
+        out.serialize_field("kind", &work.as_ref().map(|work| work.kind))?;
+        out.serialize_field("tokens", &work.as_ref().map(|work| work.completion_tokens))?;
         out.serialize_field("verdict", &self.verdict)?;
         out.serialize_field("observed_ms", &self.observed_ms)?;
         out.end()

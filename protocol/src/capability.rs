@@ -6,6 +6,8 @@ use serde::Serialize;
 use crate::bounded::{List, Text};
 use crate::embedding::Embedding;
 use crate::id::Hash;
+use crate::job::Pool;
+use crate::policy::PolicyId;
 
 /// A lower-case word that both a skill and a requirement may carry.
 pub type Tag = Text<32>;
@@ -109,6 +111,25 @@ pub struct Tool {
     pub schema: Text<1024>,
 }
 
+/// The readiness to sample rollouts for a trainer.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct SamplingOffer {
+    /// Rollouts that it samples at a time.
+    pub slots: u16,
+    /// What an hour costs, in thousandths of whatever unit a swarm reckons in; 0 asks for nothing.
+    pub price_milli: u32,
+    /// The one policy that it samples for; none for any.
+    pub policy: Option<PolicyId>,
+}
+
+impl SamplingOffer {
+    /// Returns whether it covers a policy.
+    #[must_use]
+    pub fn covers(&self, policy: &PolicyId) -> bool {
+        self.slots > 0 && self.policy.as_ref().is_none_or(|only| only == policy)
+    }
+}
+
 /// Everything a node offers. The latest one of an author wins.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize)]
 pub struct Capability {
@@ -126,4 +147,17 @@ pub struct Capability {
     pub skills: List<Skill, 8>,
     /// Tools it offers.
     pub tools: List<Tool, 8>,
+    /// Whether it samples for trainers.
+    pub sampling: Option<SamplingOffer>,
+}
+
+impl Capability {
+    /// Returns how many jobs of a pool it runs at a time.
+    #[must_use]
+    pub fn slots_of(&self, pool: Pool) -> u16 {
+        match pool {
+            Pool::Answers => self.slots,
+            Pool::Sampling => u16::from(self.sampling.as_ref().is_some_and(|offer| offer.slots > 0)),
+        }
+    }
 }

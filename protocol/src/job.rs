@@ -8,6 +8,7 @@ use crate::capability::{ModelName, Tag, ToolName};
 use crate::codec;
 use crate::embedding::Embedding;
 use crate::id::Hash;
+use crate::policy::PolicyId;
 
 /// Strings that may end an answer.
 pub const MAX_STOPS: usize = 8;
@@ -24,6 +25,34 @@ pub enum JobKind {
     Plan,
     /// Answer a question or a subtask.
     Answer,
+    /// Sample rollouts of a policy for its trainer, until the deadline. What is sampled travels over the bulk plane; the output tells how
+    /// much it was.
+    Sample,
+}
+
+/// What a job takes a slot of. A node has slots of each kind, and a job of one kind never waits for a slot of another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Pool {
+    /// Slots of the language model: one for each answer at a time.
+    Answers,
+    /// The one slot of the training room: a node samples for one trainer at a time.
+    Sampling,
+}
+
+impl Pool {
+    /// Both, in their order.
+    pub const ALL: [Self; 2] = [Self::Answers, Self::Sampling];
+}
+
+impl JobKind {
+    /// Returns what a job of this kind takes a slot of.
+    #[must_use]
+    pub const fn pool(self) -> Pool {
+        match self {
+            Self::Plan | Self::Answer => Pool::Answers,
+            Self::Sample => Pool::Sampling,
+        }
+    }
 }
 
 /// How much harm a wrong answer does. High risk buys more chains.
@@ -53,6 +82,8 @@ pub struct Requirement {
     pub tool: Option<ToolName>,
     /// Tokens of prompt and answer that must fit.
     pub min_context: u32,
+    /// The policy to sample for. With it nothing but the readiness to do so is asked for: no model, no skill.
+    pub policy: Option<PolicyId>,
 }
 
 impl Requirement {
@@ -107,6 +138,27 @@ pub struct Payload {
     pub stop: List<Text<MAX_STOP_BYTES>, MAX_STOPS>,
     /// Whether the requester wants the text while it is made.
     pub stream: bool,
+    /// The policy to sample for, and nothing else, in a job of the kind [`JobKind::Sample`].
+    pub policy: Option<PolicyId>,
+}
+
+impl Payload {
+    /// Makes the payload of a job that samples for a policy.
+    #[must_use]
+    pub fn sampling(policy: PolicyId) -> Self {
+        Self {
+            salt: [0; 16],
+            turns: List::default(),
+            json_schema: None,
+            max_tokens: 0,
+            temperature_milli: 0,
+            top_p_milli: 0,
+            seed: 0,
+            stop: List::default(),
+            stream: false,
+            policy: Some(policy),
+        }
+    }
 }
 
 /// Why a generation ended.

@@ -46,6 +46,7 @@ fn capability(rng: &mut Rng) -> Arc<Capability> {
         slots: 1,
         skills: List::truncated([skill]),
         tools: List::default(),
+        sampling: None,
     })
 }
 
@@ -67,11 +68,13 @@ fn job(n: u32, rng: &mut Rng) -> JobSpec {
             seed: 0,
             stop: List::default(),
             stream: false,
+            policy: None,
         },
         deadline: Time::from_millis(60_000),
         risk: Risk::Low,
         max_leases: 2,
         avoid: Vec::new(),
+        only: Default::default(),
     }
 }
 

@@ -3,6 +3,7 @@
 //! Strategies, replays, rollouts and tool calls all use these types and nothing else: none of them has a second way to find a
 //! node, to retry, or to be paid attention to.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use chorus_machine::Time;
@@ -30,6 +31,16 @@ pub struct JobSpec {
     pub max_leases: u32,
     /// Nodes to pass over while others bid, for chains that should not share an executor.
     pub avoid: Vec<NodeId>,
+    /// The only nodes that may get it, for a customer that weighs more than a match: a price, say. Empty for anybody.
+    pub only: BTreeSet<NodeId>,
+}
+
+impl JobSpec {
+    /// Returns whether its customer would have a node do it.
+    #[must_use]
+    pub fn admits(&self, node: NodeId) -> bool {
+        self.only.is_empty() || self.only.contains(&node)
+    }
 }
 
 /// How a job ended well.

@@ -2,7 +2,8 @@
 //!
 //! 1. **Hard constraints.** A model with at least `min_context` tokens of context (the named model, if one is named), and the
 //!    tool, if one is named. A requirement that names a tool, no model and no context needs no model. One constraint that is
-//!    not met makes the result `None`: the node cannot do the job.
+//!    not met makes the result `None`: the node cannot do the job. A requirement that names a policy wants a node that offers to
+//!    sample for it, and nothing else.
 //! 2. **Meaning** `e`: the largest cosine between the requirement's embedding and a skill's, clipped to [0, 1]. A node whose
 //!    skills carry no embedding has shown nothing, so its `e` is 0.
 //! 3. **Words** `t`: the share of the requirement's tags that any of the skills carries.
@@ -62,6 +63,9 @@ pub fn model_for<'a>(capability: &'a Capability, requirement: &Requirement) -> O
 }
 
 fn meets(capability: &Capability, requirement: &Requirement) -> bool {
+    if let Some(policy) = &requirement.policy {
+        return capability.sampling.as_ref().is_some_and(|offer| offer.covers(policy));
+    }
     let needs_no_model = requirement.tool.is_some() && requirement.model.is_none() && requirement.min_context == 0;
     let has_model = needs_no_model || model_for(capability, requirement).is_some();
     let has_tool = requirement.tool.as_ref().is_none_or(|name| capability.tools.iter().any(|tool| tool.name == *name));
@@ -91,6 +95,9 @@ pub fn why_nobody<'a>(capabilities: impl Iterator<Item = &'a Capability> + Clone
     let any = |test: &dyn Fn(&Capability) -> bool| capabilities.clone().any(test);
     if !any(&|_| true) {
         return "the ledger knows no node yet".to_owned();
+    }
+    if let Some(policy) = &requirement.policy {
+        return format!("no node offers to sample for {policy}");
     }
     if let Some(tool) = &requirement.tool
         && !any(&|c| c.tools.iter().any(|offer| offer.name == *tool))

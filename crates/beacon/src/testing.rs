@@ -42,6 +42,7 @@ pub(crate) fn capability(slots: u16, context: u32) -> Capability {
         slots,
         skills: List::default(),
         tools: List::default(),
+        sampling: None,
     }
 }
 
@@ -64,6 +65,7 @@ pub(crate) fn payload(stream: bool) -> Payload {
         seed: 1,
         stop: List::default(),
         stream,
+        policy: None,
     }
 }
 
@@ -88,5 +90,6 @@ pub(crate) fn spec(n: u8, now: Time, deadline: Duration) -> JobSpec {
         risk: Risk::Low,
         max_leases: 4,
         avoid: Vec::new(),
+        only: Default::default(),
     }
 }

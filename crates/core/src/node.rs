@@ -492,6 +492,7 @@ mod tests {
             slots: 1,
             skills: Default::default(),
             tools: Default::default(),
+            sampling: None,
         };
         let said = gossiped(&mut node, Input::Command(Command::Offer(Box::new(capability))));
         assert_eq!(said.len(), 1);

@@ -57,6 +57,7 @@ fn capability(name: &str, padding: usize) -> Body {
         slots: 1,
         skills: List::default(),
         tools: List::truncated(tools),
+        sampling: None,
     }))
 }
 

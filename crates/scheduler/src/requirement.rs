@@ -81,6 +81,7 @@ pub(crate) fn requirement(needed: &Needed, model: Option<&ModelName>, turns: &[T
         model: model.cloned(),
         tool: None,
         min_context: u32::try_from(prompt).unwrap_or(u32::MAX).saturating_add(max_tokens),
+        policy: None,
     }
 }
 

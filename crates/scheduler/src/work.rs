@@ -1,5 +1,6 @@
 //! The half of a task that submits jobs and takes their results.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use chorus_beacon::job::{JobDone, JobError, JobSpec};
@@ -75,6 +76,7 @@ impl Task {
             seed: order.seed,
             stop: order.stop,
             stream: self.spec.stream,
+            policy: None,
             turns: List::default(),
         };
         let requirement = requirement(&order.needed, self.spec.model.as_ref(), &order.turns, tokens);
@@ -88,6 +90,7 @@ impl Task {
             risk: self.spec.risk,
             max_leases: MAX_LEASES + u32::from(self.spec.risk == Risk::High),
             avoid: order.avoid,
+            only: BTreeSet::new(),
         };
         let state = "is about to be announced".to_owned();
         self.jobs.insert(job, Work { chain: at, stage, submitted: desk.now(), reserved: tokens, state });

@@ -190,6 +190,8 @@ impl Engine {
             (Manner::Garbage, _) => "zzz".to_owned(),
             (_, JobKind::Plan) => plan(&run.payload),
             (_, JobKind::Answer) => answer(&run.payload),
+            // Rollouts have a simulator of their own, and no host here offers to sample.
+            (_, JobKind::Sample) => String::new(),
         };
         Output {
             text: Text::truncated(&text),
@@ -251,6 +253,7 @@ mod tests {
             seed: 0,
             stop: List::default(),
             stream: true,
+            policy: None,
         })
     }
 

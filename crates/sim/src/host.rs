@@ -142,6 +142,7 @@ pub fn draw_capability(swarm: &Swarm, index: HostId, rate: f64, rng: &mut Rng, e
         slots: swarm.slots,
         skills: List::truncated(skills),
         tools: List::default(),
+        sampling: None,
     }
 }
 

@@ -119,7 +119,14 @@ fn entries() {
 #[test]
 fn beacons() {
     let about = format!("A signed beacon. {EMBEDDING}");
-    records::<Beacon>("beacon", &about, vec![("beacon", samples::REQUESTER, samples::beacon())]);
+    records::<Beacon>(
+        "beacon",
+        &about,
+        vec![
+            ("beacon", samples::REQUESTER, samples::beacon()),
+            ("beacon for a sampler", samples::REQUESTER, samples::sampling_beacon()),
+        ],
+    );
 }
 
 #[test]

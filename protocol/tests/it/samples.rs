@@ -1,11 +1,12 @@
 //! Fixed records and frames: the golden vectors are made of them, and so are the hostile variations.
 
 use chorus_protocol::beacon::{Beacon, Bid, Lease, Rank, Receipt, Verdict, Work};
-use chorus_protocol::capability::{Capability, Device, DeviceKind, ModelOffer, Rate, Skill, Tool};
+use chorus_protocol::capability::{Capability, Device, DeviceKind, ModelOffer, Rate, SamplingOffer, Skill, Tool};
 use chorus_protocol::embedding::DIMENSIONS;
 use chorus_protocol::entry::{Body, Entry, Equivocation};
 use chorus_protocol::job::{Failure, Finish, JobKind, Output, Payload, Requirement, Risk, Role, Turn};
 use chorus_protocol::message::{BeaconGossip, Direct, LedgerGossip};
+use chorus_protocol::policy::PolicyId;
 use chorus_protocol::sync::SyncMessage;
 use chorus_protocol::{
     BeaconId, Embedding, Hash, JobId, List, NetworkId, SecretKey, Signable, Text, Verified, WallTime,
@@ -84,6 +85,7 @@ pub fn capability() -> Capability {
             schema: text("{\"type\":\"object\"}"),
         }])
         .unwrap(),
+        sampling: Some(SamplingOffer { slots: 8, price_milli: 250, policy: None }),
     }
 }
 
@@ -119,7 +121,15 @@ pub fn requirement() -> Requirement {
         model: Some(text("SmolLM2-135M-Instruct")),
         tool: None,
         min_context: 2_048,
+        policy: None,
     }
+}
+
+/// Somebody looks for a sampler.
+pub fn sampling_beacon() -> Verified<Beacon> {
+    let policy = PolicyId { owner: key(REQUESTER).node_id(), name: text("arithmetic") };
+    let requirement = Requirement { policy: Some(policy), ..Requirement::default() };
+    sign(REQUESTER, Beacon { kind: JobKind::Sample, requirement, ..(*beacon()).clone() })
 }
 
 pub fn beacon() -> Verified<Beacon> {
@@ -213,6 +223,7 @@ pub fn payload() -> Payload {
         seed: 0x0123_4567_89ab_cdef,
         stop: List::new(vec![text("\n\n")]).unwrap(),
         stream: true,
+        policy: None,
     }
 }
 

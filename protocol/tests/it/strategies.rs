@@ -1,11 +1,12 @@
 //! Proptest strategies for everything that crosses the wire. They are boxed: as nested types they would not fit a stack.
 
 use chorus_protocol::beacon::{Beacon, Bid, Lease, Rank, Receipt, Verdict, Work};
-use chorus_protocol::capability::{Capability, Device, DeviceKind, ModelOffer, Rate, Skill, Tool};
+use chorus_protocol::capability::{Capability, Device, DeviceKind, ModelOffer, Rate, SamplingOffer, Skill, Tool};
 use chorus_protocol::embedding::DIMENSIONS;
 use chorus_protocol::entry::{Body, Entry, Equivocation};
 use chorus_protocol::job::{Failure, Finish, JobKind, Output, Payload, Requirement, Risk, Role, Turn};
 use chorus_protocol::message::{BeaconGossip, Direct, LedgerGossip};
+use chorus_protocol::policy::PolicyId;
 use chorus_protocol::sync::SyncMessage;
 use chorus_protocol::{
     BeaconId, Embedding, Hash, JobId, List, NetworkId, NodeId, Received, SecretKey, Signable, Text, Verified, WallTime,
@@ -129,8 +130,9 @@ pub fn tool() -> BoxedStrategy<Tool> {
 
 /// Capabilities that fit an entry: each list is short, though every element may be full.
 pub fn capability() -> BoxedStrategy<Capability> {
-    (text(), text(), list(model(), 3), list(device(), 3), int16(), list(skill(), 3), list(tool(), 3))
-        .prop_map(|(name, software, models, devices, slots, skills, tools)| Capability {
+    let lists = (list(model(), 3), list(device(), 3), list(skill(), 3), list(tool(), 3));
+    (text(), text(), int16(), lists, option::of(sampling_offer()))
+        .prop_map(|(name, software, slots, (models, devices, skills, tools), sampling)| Capability {
             name,
             software,
             models,
@@ -138,22 +140,36 @@ pub fn capability() -> BoxedStrategy<Capability> {
             slots,
             skills,
             tools,
+            sampling,
         })
         .boxed()
 }
 
+pub fn policy_id() -> impl Strategy<Value = PolicyId> {
+    (secret(), text()).prop_map(|(key, name)| PolicyId { owner: key.node_id(), name })
+}
+
+pub fn sampling_offer() -> impl Strategy<Value = SamplingOffer> {
+    (int16(), int32(), option::of(policy_id())).prop_map(|(slots, price_milli, policy)| SamplingOffer {
+        slots,
+        price_milli,
+        policy,
+    })
+}
+
 pub fn job_kind() -> impl Strategy<Value = JobKind> {
-    prop::sample::select(vec![JobKind::Plan, JobKind::Answer])
+    prop::sample::select(vec![JobKind::Plan, JobKind::Answer, JobKind::Sample])
 }
 
 pub fn requirement() -> BoxedStrategy<Requirement> {
-    (option::of(embedding()), list(text(), 8), option::of(text()), option::of(text()), int32())
-        .prop_map(|(embedding, tags, model, tool, min_context)| Requirement {
+    (option::of(embedding()), list(text(), 8), option::of(text()), option::of(text()), int32(), option::of(policy_id()))
+        .prop_map(|(embedding, tags, model, tool, min_context, policy)| Requirement {
             embedding,
             tags,
             model,
             tool,
             min_context,
+            policy,
         })
         .boxed()
 }
@@ -299,11 +315,11 @@ pub fn turn() -> BoxedStrategy<Turn> {
 pub fn payload() -> BoxedStrategy<Payload> {
     (
         (any::<[u8; 16]>(), list(turn(), 6), option::of(short_text()), int32(), int32()),
-        (int32(), int(), list(text(), 8), any::<bool>()),
+        (int32(), int(), list(text(), 8), any::<bool>(), option::of(policy_id())),
     )
         .prop_map(|((salt, turns, json_schema, max_tokens, temperature_milli), rest)| {
-            let (top_p_milli, seed, stop, stream) = rest;
-            Payload { salt, turns, json_schema, max_tokens, temperature_milli, top_p_milli, seed, stop, stream }
+            let (top_p_milli, seed, stop, stream, policy) = rest;
+            Payload { salt, turns, json_schema, max_tokens, temperature_milli, top_p_milli, seed, stop, stream, policy }
         })
         .boxed()
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use chorus_machine::{Ctx, Outbox, Time, earliest};
 use chorus_protocol::beacon::{Beacon, Bid};
+use chorus_protocol::job::Pool;
 use chorus_protocol::limits::{MAX_BEACON_AGE_MS, MAX_CLOCK_SKEW_MS};
 use chorus_protocol::message::Direct;
 use chorus_protocol::{BeaconId, JobId, NodeId, Verified, WallTime};
@@ -18,6 +19,7 @@ const QUEUE_SHARE: usize = 4;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reservation {
     pub(super) job: JobId,
+    pub(super) pool: Pool,
     pub(super) until: Time,
 }
 
@@ -47,13 +49,14 @@ impl Executor {
             // Enough better ones are asked; should they not be enough, a new beacon invites more.
             return;
         }
-        if self.free() > 0 {
+        let pool = beacon.kind.pool();
+        if self.free_of(pool) > 0 {
             self.bid(cx, &beacon, out);
             return;
         }
         // Its requester need not wait for this node.
         let free_in_ms =
-            self.free_in(cx.now).map_or(u32::MAX, |time| u32::try_from(time.as_millis()).unwrap_or(u32::MAX));
+            self.free_in(pool, cx.now).map_or(u32::MAX, |time| u32::try_from(time.as_millis()).unwrap_or(u32::MAX));
         let message = Direct::Busy { beacon: beacon.id, free_in_ms };
         out.push(ExecutorEffect::Send { to: requester, message });
         let again = |waiting: &&mut Waiting| waiting.beacon.author() == requester && waiting.beacon.job == beacon.job;
@@ -68,11 +71,17 @@ impl Executor {
 
     /// How long until a slot is likely to come free: the soonest of reservations that lapse and of runs that take as long as runs
     /// took lately. `None` when nothing is known of either.
-    fn free_in(&self, now: Time) -> Option<Duration> {
-        let usual = self.usual.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-        let ending = usual.and_then(|usual| self.runs.values().map(|run| run.started + usual).min());
-        let lapsing = self.reservations.values().map(|reservation| reservation.until).min();
+    fn free_in(&self, pool: Pool, now: Time) -> Option<Duration> {
+        let runs = self.runs.values().filter(|run| run.kind.pool() == pool);
+        let ending = self.usual_of(pool).and_then(|usual| runs.map(|run| run.started + usual).min());
+        let reservations = self.reservations.values().filter(|reservation| reservation.pool == pool);
+        let lapsing = reservations.map(|reservation| reservation.until).min();
         earliest(ending, lapsing).map(|at| at.since(now))
+    }
+
+    /// What runs of a pool took lately.
+    fn usual_of(&self, pool: Pool) -> Option<Duration> {
+        self.usual.get(&pool).and_then(|seconds| Duration::try_from_secs_f64(*seconds).ok())
     }
 
     fn may_wait(&self, requester: NodeId) -> bool {
@@ -82,28 +91,30 @@ impl Executor {
 
     /// Answers waiting beacons, oldest first, while slots are free.
     pub(super) fn serve_waiting(&mut self, cx: &mut Ctx<'_>, out: &mut Outbox<ExecutorEffect>) {
-        while self.free() > 0 && !self.waiting.is_empty() {
-            let waiting = self.waiting.remove(0);
-            if waiting.closes > cx.now {
-                self.bid(cx, &waiting.beacon, out);
-            }
+        self.waiting.retain(|waiting| waiting.closes > cx.now);
+        let served = |executor: &Self| {
+            executor.waiting.iter().position(|waiting| executor.free_of(waiting.beacon.kind.pool()) > 0)
+        };
+        while let Some(first) = served(self) {
+            let waiting = self.waiting.remove(first);
+            self.bid(cx, &waiting.beacon, out);
         }
     }
 
     fn bid(&mut self, cx: &mut Ctx<'_>, beacon: &Verified<Beacon>, out: &mut Outbox<ExecutorEffect>) {
         let Some(score) = self.offer.as_ref().and_then(|offer| phi(offer, &beacon.requirement)) else { return };
-        let requester = beacon.author();
+        let (requester, pool) = (beacon.author(), beacon.kind.pool());
         let bid = Bid {
             beacon: beacon.id,
             requester,
             score_milli: milli(score),
-            active: u16::try_from(self.runs.len() + self.reservations.len()).unwrap_or(u16::MAX),
-            slots: u16::try_from(self.slots).unwrap_or(u16::MAX),
+            active: u16::try_from(self.taken_of(pool)).unwrap_or(u16::MAX),
+            slots: u16::try_from(self.slots_of(pool)).unwrap_or(u16::MAX),
             expected_ms: u32::try_from(self.expected(beacon).as_millis()).unwrap_or(u32::MAX),
             hold_ms: u32::try_from(self.config.hold.as_millis()).unwrap_or(u32::MAX),
         };
         let bid = Verified::sign(&self.key, &self.network, bid).expect("a bid has a fixed size far below its limit");
-        let reservation = Reservation { job: beacon.job, until: cx.now + self.config.hold };
+        let reservation = Reservation { job: beacon.job, pool, until: cx.now + self.config.hold };
         self.reservations.insert((requester, beacon.id), reservation);
         out.push(ExecutorEffect::Event(ExecutorEvent::Bid { requester, job: beacon.job, score }));
         out.push(ExecutorEffect::Send { to: requester, message: Direct::Bid(bid.to_wire()) });
@@ -111,7 +122,7 @@ impl Executor {
 
     /// What runs took lately, or else the time to write a quarter of the context that is asked for after reading the rest.
     fn expected(&self, beacon: &Beacon) -> Duration {
-        if let Some(usual) = self.usual.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
+        if let Some(usual) = self.usual_of(beacon.kind.pool()) {
             return usual;
         }
         let context = f64::from(beacon.requirement.min_context);

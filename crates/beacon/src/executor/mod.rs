@@ -1,6 +1,7 @@
 //! The side that does the work: bids, reserves, runs, reports.
 //!
-//! Slots are the only resource, and each is in one of three states:
+//! Slots are the only resource. They come in pools ([`Pool`]), so that a job that lasts for minutes does not keep others waiting,
+//! and each slot is in one of three states:
 //!
 //! ```text
 //!            bid                      grant
@@ -9,7 +10,7 @@
 //!     └──────────────────┴──peer down, drain ────────┘  peer down, newer lease, drain
 //! ```
 //!
-//! * `running + reserved ≤ slots`, always. A beacon that finds no free slot is answered with `Busy`, waits in a bounded queue while
+//! * `running + reserved ≤ slots` in each pool, always. A beacon that finds no free slot is answered with `Busy`, waits in a bounded queue while
 //!   it is open, and gets its bid the moment a slot comes free.
 //! * A grant with a live reservation always finds its slot. One without gets a slot if one is free, else `Busy`.
 //! * A grant is idempotent: repeated, it is answered with where the run stands: `Accept` while it runs, the `Outcome` once it is done.
@@ -28,7 +29,7 @@ use std::time::Duration;
 use chorus_machine::{Ctx, Machine, Outbox, Time, earliest};
 use chorus_protocol::beacon::Beacon;
 use chorus_protocol::capability::Capability;
-use chorus_protocol::job::{Failure, JobKind, Output, Payload};
+use chorus_protocol::job::{Failure, JobKind, Output, Payload, Pool};
 use chorus_protocol::message::Direct;
 use chorus_protocol::{BeaconId, JobId, NetworkId, NodeId, SecretKey, Verified};
 
@@ -45,7 +46,7 @@ pub enum ExecutorInput {
     Offer {
         /// What it can do.
         capability: Arc<Capability>,
-        /// Jobs at a time.
+        /// Answers at a time.
         slots: u16,
     },
     /// Somebody announced a job.
@@ -193,6 +194,7 @@ pub struct Executor {
     key: SecretKey,
     me: NodeId,
     offer: Option<Arc<Capability>>,
+    /// Answers at a time. Every other pool has what the capability says.
     slots: usize,
     draining: bool,
     reservations: BTreeMap<(NodeId, BeaconId), Reservation>,
@@ -200,8 +202,8 @@ pub struct Executor {
     /// At most one run per requester and job id.
     runs: BTreeMap<(NodeId, JobId), Run>,
     memory: Memory,
-    /// Moving average of the time that runs took, in seconds.
-    usual: Option<f64>,
+    /// Moving average of the time that runs of each pool took, in seconds.
+    usual: BTreeMap<Pool, f64>,
 }
 
 impl Executor {
@@ -221,20 +223,36 @@ impl Executor {
             waiting: Vec::new(),
             runs: BTreeMap::new(),
             memory: Memory::default(),
-            usual: None,
+            usual: BTreeMap::new(),
         }
     }
 
     /// Returns how many jobs it runs at a time.
     #[must_use]
     pub fn slots(&self) -> usize {
-        self.slots
+        Pool::ALL.into_iter().map(|pool| self.slots_of(pool)).sum()
     }
 
     /// Returns the slots that are neither running nor reserved.
     #[must_use]
     pub fn free(&self) -> usize {
-        self.slots.saturating_sub(self.runs.len() + self.reservations.len())
+        Pool::ALL.into_iter().map(|pool| self.free_of(pool)).sum()
+    }
+
+    fn slots_of(&self, pool: Pool) -> usize {
+        match pool {
+            Pool::Answers => self.slots,
+            Pool::Sampling => self.offer.as_ref().map_or(0, |offer| usize::from(offer.slots_of(pool))),
+        }
+    }
+
+    fn taken_of(&self, pool: Pool) -> usize {
+        let runs = self.runs.values().filter(|run| run.kind.pool() == pool).count();
+        runs + self.reservations.values().filter(|reservation| reservation.pool == pool).count()
+    }
+
+    fn free_of(&self, pool: Pool) -> usize {
+        self.slots_of(pool).saturating_sub(self.taken_of(pool))
     }
 
     /// Returns the slots that are kept for requesters.

@@ -23,7 +23,7 @@ const USUAL_SHARE: f64 = 0.2;
 #[derive(Debug)]
 pub(super) struct Run {
     pub(super) id: RunId,
-    kind: JobKind,
+    pub(super) kind: JobKind,
     requirement: Hash,
     salt: [u8; 16],
     stream: bool,
@@ -138,7 +138,7 @@ impl Executor {
         }
         // A newer lease on the same job takes the older one's slot.
         let older = self.runs.get(&(run.requester, run.job)).map(|older| older.id);
-        if !reserved && older.is_none() && self.free() == 0 {
+        if !reserved && older.is_none() && self.free_of(lease.kind.pool()) == 0 {
             return Err(Failure::Busy);
         }
         if !self.memory.see(run.requester, run.job, run.fence, now, deadline) {
@@ -215,7 +215,8 @@ impl Executor {
         let elapsed = cx.now.since(state.started);
         if let Ok(output) = &result {
             let seconds = elapsed.as_secs_f64();
-            self.usual = Some(self.usual.map_or(seconds, |usual| usual + USUAL_SHARE * (seconds - usual)));
+            let usual = self.usual.entry(state.kind.pool()).or_insert(seconds);
+            *usual += USUAL_SHARE * (seconds - *usual);
             let tokens = output.completion_tokens;
             out.push(ExecutorEffect::Event(ExecutorEvent::Finished { run, tokens, elapsed }));
         } else if let Err(failure) = &result {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use chorus_machine::{Ctx, Outbox, Time, earliest};
 use chorus_protocol::beacon::{Beacon, Bid, Rank};
+use chorus_protocol::job::Pool;
 use chorus_protocol::{BeaconId, JobId, NodeId, Received, Verified};
 
 use super::state::{Call, Election, Job, MAX_STRIKES};
@@ -87,10 +88,11 @@ impl Requester {
         }
     }
 
-    /// Returns φ of a node that may get a lease of this job, or `None`: not in the ledger, not capable, quarantined, failed before, or
-    /// already at it.
+    /// Returns φ of a node that may get a lease of this job, or `None`: not in the ledger, not capable, not among those that its
+    /// customer would have, quarantined, failed before, or already at it.
     pub(super) fn eligible(&self, job: &Job, node: NodeId) -> Option<f64> {
         let ruled_out = self.quarantined.contains(&node)
+            || !job.spec.admits(node)
             || job.is_struck(node)
             || self.held(job).iter().any(|held| held.executor() == node);
         if ruled_out {
@@ -296,7 +298,8 @@ impl Requester {
         let claimed = claimed.unwrap_or(Duration::from_millis(u64::from(bid.expected_ms)));
         let latency = claimed.mul_f64(standing.slowdown);
         let told = share(usize::from(bid.active), usize::from(bid.slots));
-        let seen = share(self.leased_to(node), capability.map_or(0, |c| usize::from(c.slots)));
+        let pool = job.map_or(Pool::Answers, |job| job.spec.kind.pool());
+        let seen = share(self.leased_to(node, pool), capability.map_or(0, |c| usize::from(c.slots_of(pool))));
         Candidate {
             node,
             score,
@@ -319,9 +322,9 @@ impl Requester {
     }
 
     /// Whether a node may still bid of which this requester does not know that it has no slot left for it.
-    fn may_hope(&self, election: &Election) -> bool {
-        let slots = |node: &NodeId| self.capabilities.get(node).map_or(0, |capability| usize::from(capability.slots));
-        election.call.awaited.iter().any(|node| self.tied(*node) < slots(node))
+    fn may_hope(&self, election: &Election, pool: Pool) -> bool {
+        let slots = |node: &NodeId| self.capabilities.get(node).map_or(0, |c| usize::from(c.slots_of(pool)));
+        election.call.awaited.iter().any(|node| self.tied(*node, pool) < slots(node))
     }
 
     /// Closes the open election when it has what it waits for, or gives it up.
@@ -330,7 +333,8 @@ impl Requester {
         let timed_out = job.election_timer(&self.config).is_some_and(|at| at <= cx.now);
         let Some(election) = &job.election else { return };
         let bids = election.bids.len();
-        let complete = bids > 0 && (timed_out || bids >= self.config.close_at || !self.may_hope(election));
+        let complete =
+            bids > 0 && (timed_out || bids >= self.config.close_at || !self.may_hope(election, job.spec.kind.pool()));
         if bids == 0 && timed_out {
             let soonest = election.free_at.map(|at| at.since(cx.now));
             let Some(job) = self.jobs.get_mut(&id) else { return };

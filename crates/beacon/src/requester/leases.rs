@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use chorus_machine::{Ctx, Outbox, Time};
 use chorus_protocol::beacon::Lease;
-use chorus_protocol::job::Failure;
+use chorus_protocol::job::{Failure, Pool};
 use chorus_protocol::message::Direct;
 use chorus_protocol::{JobId, NodeId, Verified};
 
@@ -123,9 +123,9 @@ impl Revoked {
 }
 
 impl Requester {
-    /// How many valid leases a node holds of this requester.
-    pub(super) fn leased_to(&self, node: NodeId) -> usize {
-        self.leases.values().filter(|held| held.executor() == node).count()
+    /// How many valid leases on slots of a pool a node holds of this requester.
+    pub(super) fn leased_to(&self, node: NodeId, pool: Pool) -> usize {
+        self.leases.values().filter(|held| held.executor() == node && held.kind.pool() == pool).count()
     }
 
     /// Grants a lease: under the job's id, or under its hedge's when the job's is taken.
@@ -269,10 +269,13 @@ impl Requester {
         }
     }
 
-    /// How many slots of a node this requester ties up: valid leases, and bids in open elections.
-    pub(super) fn tied(&self, node: NodeId) -> usize {
-        let bids = |job: &&Job| job.election.as_ref().is_some_and(|e| e.bids.iter().any(|bid| bid.node == node));
-        self.leased_to(node) + self.jobs.values().filter(bids).count()
+    /// How many slots of a node's pool this requester ties up: valid leases, and bids in open elections.
+    pub(super) fn tied(&self, node: NodeId, pool: Pool) -> usize {
+        let bids = |job: &&Job| {
+            job.spec.kind.pool() == pool
+                && job.election.as_ref().is_some_and(|e| e.bids.iter().any(|bid| bid.node == node))
+        };
+        self.leased_to(node, pool) + self.jobs.values().filter(bids).count()
     }
 
     /// Forgets a bid that its bidder took back.

@@ -33,7 +33,7 @@ use chorus_protocol::beacon::Beacon;
 use chorus_protocol::capability::Capability;
 use chorus_protocol::codec;
 use chorus_protocol::entry::{Body, Entry};
-use chorus_protocol::job::Failure;
+use chorus_protocol::job::{Failure, Pool};
 use chorus_protocol::limits::MAX_PAYLOAD_BYTES;
 use chorus_protocol::message::Direct;
 use chorus_protocol::{BeaconId, Hash, JobId, NetworkId, NodeId, SecretKey, TaskId, Verified, WallTime};
@@ -285,7 +285,7 @@ impl Requester {
         let len = codec::encoded_len(&spec.payload);
         let problem = if len > MAX_PAYLOAD_BYTES {
             format!("it has {len} bytes and {MAX_PAYLOAD_BYTES} fit; shorten the prompt or its context")
-        } else if spec.payload.turns.is_empty() {
+        } else if spec.payload.turns.is_empty() && spec.kind.pool() == Pool::Answers {
             "it has no turns; ask something".to_owned()
         } else {
             return None;

@@ -1,10 +1,13 @@
 //! The ordinary life of a job, step by step.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use chorus_machine::Time;
 use chorus_protocol::beacon::Verdict;
-use chorus_protocol::job::Requirement;
+use chorus_protocol::capability::{Capability, SamplingOffer};
+use chorus_protocol::job::{JobKind, Payload, Requirement};
+use chorus_protocol::policy::PolicyId;
 use chorus_protocol::{JobId, Text};
 
 use super::harness::{Nature, World};
@@ -196,6 +199,49 @@ fn nodes_to_avoid_are_passed_over_while_others_bid() {
     world.submit_at(world.now + SECOND, 0, JobSpec { avoid, ..spec(2, world.now, 10 * SECOND) });
     world.run_for(10 * SECOND);
     assert!(world.result(2).is_ok(), "avoiding is a wish, not a ban");
+}
+
+#[test]
+fn a_customer_that_names_who_may_do_it_gets_nobody_else() {
+    let mut world = world(&[Nature::Honest; 3]);
+    let only = BTreeSet::from([id(3)]);
+    world.submit(0, JobSpec { only: only.clone(), ..spec(1, world.now, 10 * SECOND) });
+    world.run_for(SECOND);
+    assert_eq!((world.elected()[0].0, world.elected().len()), (id(3), 1));
+    world.crash_at(world.now, 2, true);
+    world.submit_at(world.now + SECOND, 0, JobSpec { only, ..spec(2, world.now, 10 * SECOND) });
+    world.run_for(20 * SECOND);
+    assert!(world.result(2).is_err(), "two others could, and were not asked");
+    world.assert_settled(2);
+}
+
+fn sampling(n: u8, now: Time, policy: &PolicyId) -> JobSpec {
+    let requirement = Requirement { policy: Some(policy.clone()), ..Requirement::default() };
+    let payload = Payload::sampling(policy.clone());
+    JobSpec { kind: JobKind::Sample, requirement, payload, max_leases: 1, ..spec(n, now, 30 * SECOND) }
+}
+
+#[test]
+fn a_lease_to_sample_takes_no_slot_of_an_answer_and_goes_to_who_offers_it() {
+    let mut world = world(&[Nature::Honest; 3]);
+    let policy = |name| PolicyId { owner: id(1), name: Text::truncated(name) };
+    world.asks_only(0);
+    let offer = SamplingOffer { slots: 8, price_milli: 0, policy: Some(policy("p")) };
+    world.offer(1, 1, Capability { sampling: Some(offer), ..capability(1, 4096) });
+    world.offer(2, 0, capability(0, 4096));
+    world.run_time = 8 * SECOND;
+    world.submit(0, sampling(1, world.now, &policy("p")));
+    world.submit(0, spec(2, world.now, 30 * SECOND));
+    world.submit(0, sampling(3, world.now, &policy("p")));
+    world.submit(0, sampling(4, world.now, &policy("q")));
+    world.run_for(4 * SECOND);
+    let kinds: Vec<JobKind> = world.nodes[0].requester.leases().map(|lease| lease.kind).collect();
+    assert_eq!(kinds.iter().filter(|kind| **kind == JobKind::Sample).count(), 1, "one slot for sampling: {kinds:?}");
+    assert_eq!(kinds.len(), 2, "and the answer waits for none of it");
+    assert!(matches!(world.result(4), Err(JobError::NobodyCan { reason }) if reason.contains('q')));
+    world.run_for(30 * SECOND);
+    assert!([1, 2, 3].iter().all(|n| world.result(*n).is_ok()), "the second lease comes when the first has ended");
+    world.assert_settled(4);
 }
 
 #[test]

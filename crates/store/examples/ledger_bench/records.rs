@@ -42,6 +42,7 @@ pub(crate) fn capabilities() -> Vec<Verified<Entry>> {
         slots: 1,
         skills: List::default(),
         tools: List::default(),
+        sampling: None,
     };
     (0..SAMPLE).map(|n| sign(&key(n), 1, Hash::ZERO, WALL, Body::Capability(Arc::new(capability(n))))).collect()
 }
