@@ -5,8 +5,8 @@
 //!            │ Ready                                                Publish│
 //!            ▼                                                             │
 //!  engine ◀─ Sampler ──Frame──▶ Buffer ──Batch──▶ learner ──Stepped, Published
-//!            ▲   └──── spool      │  └──── disk
-//!            └──────Assign────────┘
+//!            ▲   └──── spool      │  ▲  └── disk
+//!            └──────Assign────────┘  └── Hired ── Hiring ◀── leases, by the beacon
 //! ```
 //!
 //! | module | subject |
@@ -16,6 +16,7 @@
 //! | [`broadcast`] | versions to all nodes, chunk by chunk, at about one copy from their owner |
 //! | [`pacing`] | how much may be begun so that nothing is made to be thrown away |
 //! | [`capacity`] | how many samplers a learner needs, and which are worth their price |
+//! | [`hiring`] | who samples, by leases that the beacon grants |
 //! | [`plan`] | which task a group has |
 //!
 //! The messages are `protocol::rollout`'s; `protocol/spec/rollout.md` says them in words.
@@ -44,6 +45,7 @@
 pub mod broadcast;
 pub mod buffer;
 pub mod capacity;
+pub mod hiring;
 pub mod pacing;
 pub mod plan;
 pub mod sampler;

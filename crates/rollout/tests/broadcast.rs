@@ -456,3 +456,18 @@ fn nobody_but_the_owner_says_what_the_weights_are() {
     assert_eq!(world.nodes[2].machine.newest_whole().map(|manifest| manifest.version), Some(honest));
     assert_eq!(world.nodes[2].machine.status().awaits, Awaits::Nothing);
 }
+
+#[test]
+fn a_version_that_is_too_large_is_not_taken_and_is_named() {
+    let cfg = BroadcastConfig { max_bytes: 8 * 4096, ..BroadcastConfig::default() };
+    let mut world = World::new(2, &cfg, 1);
+    world.mesh();
+    world.publish(1, 16, 4096);
+    world.at(Time::from_millis(1_000), Event::Wake { node: 1 });
+    world.run(|world| world.now >= Time::from_millis(1_000));
+    let status = world.nodes[1].machine.status();
+    assert_eq!((status.awaits, status.whole), (Awaits::Smaller { bytes: 16 * 4096 }, None));
+    let small = world.publish(2, 4, 4096);
+    world.run(|world| world.all_whole(small));
+    assert_eq!(world.nodes[1].machine.status().awaits, Awaits::Nothing);
+}

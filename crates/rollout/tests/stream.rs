@@ -383,6 +383,8 @@ impl World {
                     }
                     let from = key(n).node_id();
                     let message = Bulk::from_bytes(&message.to_bytes().unwrap()).unwrap();
+                    // Everybody who comes is hired: who is, and for how long, is another machine's business.
+                    self.buffer(Some(BufferInput::Hired(from)));
                     let input = match message {
                         Bulk::Hello(hello) => BufferInput::Hello { from, hello },
                         Bulk::Frame(frame) => BufferInput::Frame { from, frame: frame.verify(&network()).unwrap() },
@@ -714,7 +716,10 @@ fn what_does_not_count_is_named() {
         handle(&mut buffer, BufferInput::Stepped(step));
         handle(&mut buffer, BufferInput::Published { version: version(step), step });
     }
+    let hired = |buffer: &mut Buffer| buffer.fill().0;
     handle(&mut buffer, BufferInput::Hello { from: key(0).node_id(), hello: hello(16) });
+    assert_eq!(hired(&mut buffer), 0, "who holds no lease is given nothing");
+    handle(&mut buffer, BufferInput::Hired(key(0).node_id()));
     let (environment, seed) = cfg.plan.task(GroupId(1));
     let good = |member, at| scripted(GroupId(1), member, environment.clone(), seed, version(at));
     let (other_environment, other_seed) = cfg.plan.task(GroupId(2));

@@ -65,6 +65,8 @@ pub struct BroadcastConfig {
     pub stall: Duration,
     /// Whether this node serves others at all. Only a comparison turns it off. Default true.
     pub share: bool,
+    /// The largest version that is taken from others, in bytes. Default 16 GiB.
+    pub max_bytes: u64,
 }
 
 impl Default for BroadcastConfig {
@@ -79,6 +81,7 @@ impl Default for BroadcastConfig {
             pause: Duration::from_secs(5),
             stall: Duration::from_secs(15),
             share: true,
+            max_bytes: 16 << 30,
         }
     }
 }
@@ -221,6 +224,11 @@ pub enum Awaits {
     },
     /// The disk to have room again.
     Disk,
+    /// Its operator to allow larger versions: this one was not taken.
+    Smaller {
+        /// Its size.
+        bytes: u64,
+    },
 }
 
 /// Where a broadcast stands.
@@ -275,6 +283,8 @@ pub struct Broadcast {
     /// The version that the owner offers, and when somebody last asked for some of it.
     offering: Option<(Version, Time)>,
     wasted: u64,
+    /// The size of the newest version that was announced, if that is more than is taken.
+    too_large: Option<u64>,
 }
 
 impl Broadcast {
@@ -295,6 +305,7 @@ impl Broadcast {
             uploads: Uploads::default(),
             offering: None,
             wasted: 0,
+            too_large: None,
         }
     }
 
@@ -314,7 +325,7 @@ impl Broadcast {
     pub fn status(&self) -> BroadcastStatus {
         let arriving = self.arriving.and_then(|version| self.held.get(&version));
         let awaits = match arriving {
-            None => Awaits::Nothing,
+            None => self.too_large.map_or(Awaits::Nothing, |bytes| Awaits::Smaller { bytes }),
             Some(_) if self.disk_retry.is_some() => Awaits::Disk,
             Some(held) if held.asked.is_empty() => Awaits::Provider,
             Some(held) => {

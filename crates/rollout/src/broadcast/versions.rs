@@ -119,6 +119,11 @@ impl Broadcast {
             return Ok(());
         }
         let manifest = Manifest::admit(manifest)?;
+        let bytes = manifest.total_bytes();
+        self.too_large = (bytes > self.cfg.max_bytes).then_some(bytes);
+        if self.too_large.is_some() {
+            return Ok(());
+        }
         out.push(BroadcastEffect::Keep(manifest.clone()));
         let have = Bitmap::new(manifest.chunks.len());
         self.learn(now, manifest, have, Some(from), out);

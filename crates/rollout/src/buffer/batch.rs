@@ -131,7 +131,7 @@ impl Buffer {
         if self.published.is_none_or(|(_, step, _)| step < floor) {
             return LearnerAwaits::Version { step: floor };
         }
-        if !self.sessions.values().any(|session| session.gone.is_none() && session.slots > 0) {
+        if !self.sessions.values().any(|session| session.gone.is_none() && session.hired && session.slots > 0) {
             return LearnerAwaits::Sampler;
         }
         let out = self.groups.values().flat_map(|group| &group.members).filter_map(|member| match member {

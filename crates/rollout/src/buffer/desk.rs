@@ -18,6 +18,8 @@ const LOOKAHEAD: Duration = Duration::from_secs(2);
 const PATIENCE: f64 = 4.0;
 /// Members taken back in a row, after which a sampler gets one at a time until it delivers.
 const MISSES: u32 = 3;
+/// Members of a sampler whose fate is remembered.
+const FATES: u32 = 4_096;
 /// Assignments in one message.
 const MAX_WORK: usize = 256;
 
@@ -37,6 +39,10 @@ pub(super) struct Session {
     pub(super) boot: u64,
     /// Times in a row that a member was taken back from it.
     pub(super) misses: u32,
+    /// It holds a lease.
+    pub(super) hired: bool,
+    /// Members that it delivered and that counted, and members that came to nothing. Older ones fade.
+    fate: (u32, u32),
 }
 
 impl Session {
@@ -49,11 +55,26 @@ impl Session {
         let ahead = ahead.ceil().clamp(0.0, 65_536.0) as usize;
         // Who let members lie is tried with one at a time.
         let most = match self.misses {
-            _ if self.slots == 0 || self.gone.is_some() => 0,
+            _ if self.slots == 0 || self.gone.is_some() || !self.hired => 0,
             0..MISSES => slots + ahead,
             _ => 1,
         };
         most.saturating_sub(self.out.len())
+    }
+
+    /// Notes what became of members that it was given.
+    fn note(&mut self, counted: u32, lost: u32) {
+        let (good, bad) = self.fate;
+        self.fate = (good.saturating_add(counted), bad.saturating_add(lost));
+        if self.fate.0.saturating_add(self.fate.1) > FATES {
+            self.fate = (self.fate.0 / 2, self.fate.1 / 2);
+        }
+    }
+
+    /// The share of what it was given that came and counted. Whoever was given nothing yet is believed in.
+    pub(super) fn reliability(&self) -> f64 {
+        let (good, bad) = (f64::from(self.fate.0) + 1.0, f64::from(self.fate.1));
+        good / (good + bad)
     }
 
     /// When it would be done with one member more, in seconds, as far as that is known.
@@ -78,6 +99,7 @@ impl Buffer {
         let session = self.sessions.entry(from).or_default();
         let lost = if session.boot == hello.boot { BTreeSet::new() } else { session.out.clone() };
         (session.slots, session.gone, session.boot) = (hello.slots, None, hello.boot);
+        session.hired = self.hired.contains(&from);
         session.serving = hello.serving.map(|(_, step)| step);
         // What the same process was given before is still its own: it goes on after a reconnection.
         session.until = 0;
@@ -102,11 +124,28 @@ impl Buffer {
         }
     }
 
+    pub(super) fn hired(&mut self, node: NodeId) {
+        self.hired.insert(node);
+        self.set_hired(node, true);
+    }
+
+    pub(super) fn dismissed(&mut self, node: NodeId) {
+        self.hired.remove(&node);
+        self.set_hired(node, false);
+    }
+
+    fn set_hired(&mut self, node: NodeId, hired: bool) {
+        if let Some(session) = self.sessions.get_mut(&node) {
+            session.hired = hired;
+        }
+    }
+
     pub(super) fn message(&mut self, now: Time, from: NodeId, message: Bulk) {
         match message {
             Bulk::GiveUp(reports) => {
                 for report in reports {
                     if self.release(from, report.group, report.member) {
+                        self.note_fate(from, 0, 1);
                         self.tally.reissued += 1;
                         self.count_refused(report.reason);
                     }
@@ -126,9 +165,16 @@ impl Buffer {
         }
     }
 
-    /// Measures what a sampler delivered.
+    fn note_fate(&mut self, node: NodeId, counted: u32, lost: u32) {
+        if let Some(session) = self.sessions.get_mut(&node) {
+            session.note(counted, lost);
+        }
+    }
+
+    /// Measures what a sampler delivered, and how much of it counts.
     pub(super) fn delivered(&mut self, now: Time, from: NodeId, many: u32, frame: &RolloutFrame) {
         let Some(session) = self.sessions.get_mut(&from) else { return };
+        session.note(many, u32::try_from(frame.len()).unwrap_or(u32::MAX).saturating_sub(many));
         session.rate.add(now, many);
         session.misses = 0;
         // What it delivered and what was refused is off its desk in any case.
@@ -160,6 +206,7 @@ impl Buffer {
                 self.tally.reissued += 1;
                 if let Some(session) = self.sessions.get_mut(&sampler) {
                     session.misses = session.misses.saturating_add(1);
+                    session.note(0, 1);
                 }
             }
         }

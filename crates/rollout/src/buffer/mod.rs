@@ -39,6 +39,7 @@ use chorus_protocol::policy::{PolicyId, Version};
 use chorus_protocol::rollout::{Bulk, GroupId, Hello, Refusal, Rollout, RolloutFrame};
 use chorus_protocol::{NodeId, Text, Verified};
 
+use crate::hiring::Track;
 use crate::pacing::Pacing;
 use crate::plan::Plan;
 use desk::Session;
@@ -200,6 +201,10 @@ pub enum BufferInput {
     },
     /// A sampler's connection is gone.
     Gone(NodeId),
+    /// A node holds a lease to sample: from now on it is given members.
+    Hired(NodeId),
+    /// Its lease has ended: it is given no more. What it was given before still counts.
+    Dismissed(NodeId),
     /// Rollouts, of the node that is connected and signed them.
     Frame {
         /// Who brought them.
@@ -301,7 +306,7 @@ pub enum LearnerAwaits {
         /// The oldest step that would do.
         step: u64,
     },
-    /// A sampler that is connected.
+    /// A sampler that is hired and connected.
     Sampler,
     /// Rollouts that are being sampled.
     Rollouts {
@@ -352,6 +357,8 @@ pub struct Buffer {
     spent: BTreeMap<u64, Vec<FrameKey>>,
     settled: BTreeMap<NodeId, Sequences>,
     sessions: BTreeMap<NodeId, Session>,
+    /// Who holds a lease to sample, connected or not.
+    hired: BTreeSet<NodeId>,
     held_bytes: usize,
     disk_failed: bool,
     pacing: Pacing,
@@ -383,6 +390,7 @@ impl Buffer {
             spent: BTreeMap::new(),
             settled: BTreeMap::new(),
             sessions: BTreeMap::new(),
+            hired: BTreeSet::new(),
             held_bytes: 0,
             disk_failed: false,
             pacing: Pacing::default(),
@@ -449,9 +457,13 @@ impl Buffer {
         &self.pacing
     }
 
-    /// Returns rollouts a second that each connected sampler delivers, as measured.
-    pub fn rates(&self) -> impl Iterator<Item = (NodeId, Option<f64>)> + '_ {
-        self.sessions.iter().map(|(id, session)| (*id, session.rate.per_second()))
+    /// Returns what was measured of each sampler that is connected.
+    pub fn tracks(&self) -> impl Iterator<Item = Track> + '_ {
+        self.sessions.iter().map(|(node, session)| Track {
+            node: *node,
+            rate: session.rate.per_second(),
+            reliability: session.reliability(),
+        })
     }
 
     /// Returns groups that are open, groups that are complete, and rollouts that are held.
@@ -523,6 +535,8 @@ impl Machine for Buffer {
             BufferInput::Checkpointed(progress) => self.checkpointed(&progress, out),
             BufferInput::Hello { from, hello } => self.hello(from, &hello, out),
             BufferInput::Gone(from) => self.gone(cx.now, from),
+            BufferInput::Hired(node) => self.hired(node),
+            BufferInput::Dismissed(node) => self.dismissed(node),
             BufferInput::Frame { from, frame } => self.frame(cx.now, from, frame, out),
             BufferInput::Message { from, message } => self.message(cx.now, from, message),
             BufferInput::Persisted(key) => self.persisted(key, out),

@@ -8,6 +8,7 @@ use chorus_protocol::policy::{PolicyId, Version};
 use chorus_protocol::{NetworkId, NodeId, SecretKey};
 use chorus_rollout::broadcast::{Broadcast, BroadcastConfig};
 use chorus_rollout::buffer::Buffer;
+use chorus_rollout::hiring::Hiring;
 use chorus_rollout::sampler::Sampler;
 
 use super::disk::{Disk, draw_ms};
@@ -18,6 +19,7 @@ use super::session::{Access, Place};
 #[derive(Debug)]
 pub(super) struct Trainer {
     pub(super) buffer: Buffer,
+    pub(super) hiring: Hiring,
     /// Every version whose step it knows, the oldest first.
     pub(super) versions: Vec<(Version, u64)>,
 }
@@ -53,7 +55,7 @@ impl Process {
     /// Returns when its machines want a turn.
     pub(super) fn deadline(&self) -> Option<Time> {
         let role = match &self.role {
-            Role::Trainer(trainer) => trainer.buffer.deadline(),
+            Role::Trainer(trainer) => earliest(trainer.buffer.deadline(), trainer.hiring.deadline()),
             Role::Sampler(sampling) => sampling.sampler.deadline(),
         };
         earliest(role, self.broadcast.deadline())

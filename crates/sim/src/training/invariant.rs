@@ -8,6 +8,7 @@
 //! | only what was sampled | every rollout of every batch is what its sampler's engine says under that version |
 //! | whole versions | a version that is called whole, loaded or begun with has every chunk on disk, each with the manifest's hash |
 //! | all accounted for | at the end each rollout that was sampled counted, was refused with a reason, died with its sampler, or is under way |
+//! | no work without a lease | whoever is given members holds a lease of the trainer at that moment |
 //! | bounded turns | no machine wants turn after turn at one moment |
 //!
 //! A trainer that crashes forgets the updates since its checkpoint; what they used counts again, and only once again.
@@ -38,6 +39,8 @@ pub enum Rule {
     WholeVersions,
     /// All accounted for.
     AllAccountedFor,
+    /// No work without a lease.
+    NoWorkWithoutLease,
     /// Bounded turns.
     BoundedTurns,
 }

@@ -1,7 +1,7 @@
 //! A training run in virtual time: one trainer, hundreds of samplers, and what goes wrong between them.
 //!
-//! What runs here are the shipped machines of `chorus_rollout`: a `Buffer` and a `Broadcast` at the trainer, a `Sampler` and a
-//! `Broadcast` at every sampler. Every message between them is really encoded and decoded. Links, disks, engines and the learner are
+//! What runs here are the shipped machines of `chorus_rollout`: a `Buffer`, a `Hiring` and a `Broadcast` at the trainer, a `Sampler` and
+//! a `Broadcast` at every sampler. Every message between them is really encoded and decoded. Links, disks, engines and the learner are
 //! models.
 //!
 //! ```text
@@ -20,10 +20,12 @@
 //! | `world` | time, the queue of events, whose turn it is |
 //! | `session`, `disk` | what carries and what keeps |
 //! | `trainer`, `sampler`, `weights` | the shell around each machine, by the rules of `chorus_rollout` |
+//! | `counter` | hiring, and a model of the leases that the beacon grants |
 //! | `fault` | what goes wrong |
 //! | [`invariant`] | what must never happen |
 //! | [`report`] | what came of it |
 
+mod counter;
 mod disk;
 mod fault;
 mod host;

@@ -55,7 +55,7 @@ impl World {
         let buffer = buffer.expect("a scenario's settings are checked when it is read");
         let (resume, checkpoint) = (host.disk.resume(), host.disk.checkpoint.clone());
         let held = buffer.fill().2;
-        let role = Role::Trainer(Box::new(Trainer { buffer, versions }));
+        let role = Role::Trainer(Box::new(Trainer { buffer, hiring: self.new_hiring(), versions }));
         let broadcast = broadcast(&self.network, &self.policy, host.id);
         self.hosts[0].process = Some(Process { broadcast, role, wake: None });
         for (manifest, chunks) in resume {
@@ -71,6 +71,7 @@ impl World {
                 self.want();
             }
         }
+        self.read_offers();
         self.contacts(0).into_iter().for_each(|place| self.dial(pair(0, place)));
     }
 
@@ -131,6 +132,7 @@ impl World {
                 let disk = &self.hosts[0].disk;
                 self.monitor.acknowledged(self.now, key, (*taken, refused), came, disk);
             }
+            Bulk::Assign { work, .. } if !work.is_empty() => self.check_lease(to),
             Bulk::Nack { reason, .. } => *self.monitor.tally.nacks.entry(*reason).or_default() += 1,
             _ => {}
         }

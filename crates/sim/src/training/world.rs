@@ -6,8 +6,9 @@ use std::time::Duration;
 use chorus_machine::{Ctx, Machine, Outbox, Rng, Time, WallTime};
 use chorus_protocol::policy::{PolicyId, Version};
 use chorus_protocol::rollout::{Bulk, GroupId};
-use chorus_protocol::{NetworkId, NodeId, Text, memo};
+use chorus_protocol::{JobId, NetworkId, NodeId, Text, memo};
 
+use super::counter::Leases;
 use super::disk::{Checkpoint, Op};
 use super::host::{self, Host, Process, Role};
 use super::invariant::{Monitor, Rule};
@@ -41,6 +42,8 @@ pub enum Mutant {
     ServesEarly,
     /// A version is published before its checkpoint is on disk.
     PublishesEarly,
+    /// The buffer is not told that a lease has ended.
+    NeverDismisses,
 }
 
 /// A member that an engine samples.
@@ -76,6 +79,10 @@ pub(super) enum Event {
     Learned { life: u32, step: u64 },
     /// The weights of a checkpoint are ready to be written.
     Saved { life: u32, checkpoint: Box<Checkpoint> },
+    /// A sampler takes a lease, if it is there.
+    Elected { life: u32, place: Place, job: JobId },
+    /// A lease ends.
+    TermEnds { life: u32, job: JobId, silent: bool },
     /// Two nodes try to connect.
     Dial { pair: Pair },
     /// A session breaks.
@@ -100,6 +107,7 @@ pub(super) struct World {
     pub(super) hosts: Vec<Host>,
     pub(super) places: BTreeMap<NodeId, Place>,
     pub(super) sessions: Sessions,
+    pub(super) leases: Leases,
     pub(super) monitor: Monitor,
     pub(super) stats: Stats,
     pub(super) rng: Rng,
@@ -127,6 +135,7 @@ impl World {
             hosts,
             places,
             sessions: Sessions::new(),
+            leases: Leases::default(),
             monitor,
             stats: Stats::default(),
             fault_rng: rng.fork(),
@@ -189,6 +198,8 @@ impl World {
             Event::Fault { index } => (12, 0, *index as u64),
             Event::FaultOver { index } => (13, 0, *index as u64),
             Event::Saved { checkpoint, .. } => (14, 0, checkpoint.step),
+            Event::Elected { place, job, .. } => (15, *place, tag(job.as_bytes())),
+            Event::TermEnds { job, silent, .. } => (16, u32::from(*silent), tag(job.as_bytes())),
         };
         self.trace.add(self.now, kind, place, detail);
     }
@@ -206,6 +217,8 @@ impl World {
             Event::Loaded { place, life, version } => self.loaded(place, life, version),
             Event::Learned { life, step } => self.learned(life, step),
             Event::Saved { life, checkpoint } => self.saved(life, checkpoint),
+            Event::Elected { life, place, job } => self.elected(life, place, job),
+            Event::TermEnds { life, job, silent } => self.term_ends(life, job, silent),
             Event::Dial { pair } => self.connect(pair),
             Event::Break { pair } => self.break_session(pair, Duration::ZERO),
             Event::Down { place, life, peer } => self.down(place, life, peer),
@@ -258,9 +271,9 @@ impl World {
         };
         process.wake = None;
         let weights = process.broadcast.deadline().is_some_and(|at| at <= now);
-        let role = match &process.role {
-            Role::Trainer(trainer) => trainer.buffer.deadline(),
-            Role::Sampler(sampling) => sampling.sampler.deadline(),
+        let (role, hiring) = match &process.role {
+            Role::Trainer(trainer) => (trainer.buffer.deadline(), trainer.hiring.deadline()),
+            Role::Sampler(sampling) => (sampling.sampler.deadline(), None),
         };
         if !self.is_alive(place, life) {
             return;
@@ -272,6 +285,9 @@ impl World {
         }
         if weights {
             self.broadcast(place, None);
+        }
+        if hiring.is_some_and(|at| at <= now) {
+            self.hiring(None);
         }
         if role.is_some_and(|at| at <= now) {
             if place == 0 { self.buffer(None) } else { self.sampler(place, None) }
@@ -378,10 +394,11 @@ impl World {
     }
 
     pub(super) fn process_died(&mut self, place: Place, process: Process) {
-        let host = &self.hosts[place as usize];
         match process.role {
             Role::Trainer(_) => self.trainer_died(),
             Role::Sampler(sampling) => {
+                self.lease_orphaned(place);
+                let host = &self.hosts[place as usize];
                 self.monitor.sampler_died(host.id, sampling.uncut, &host.disk, host.lost);
             }
         }

@@ -174,6 +174,7 @@ impl<'a> Hub<'a> {
 
     fn up(&mut self, n: usize, bytes: &[u8]) {
         let from: NodeId = key(n).node_id();
+        self.input(Some(BufferInput::Hired(from)));
         let input = match Bulk::from_bytes(bytes).expect("a message") {
             Bulk::Hello(hello) => BufferInput::Hello { from, hello },
             Bulk::Frame(frame) => BufferInput::Frame { from, frame: frame.verify(&network()).expect("a signature") },
