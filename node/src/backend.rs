@@ -139,7 +139,7 @@ impl NodeBackend {
 
     /// The policy that this node samples for, as an engine like any other.
     fn policy_engine(&self) -> Option<Arc<dyn Engine>> {
-        let engine = self.room.as_ref()?.engine.clone()?;
+        let engine = self.room.as_ref()?.serving.get()?;
         Some(engine)
     }
 

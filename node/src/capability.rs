@@ -3,14 +3,16 @@
 use std::fs;
 
 use chorus_engine::{Calibration, ModelInfo};
-use chorus_protocol::capability::{Capability, Device, DeviceKind, ModelOffer, Rate, Skill};
-use chorus_protocol::{Embedding, Hash, List, Text};
+use chorus_protocol::capability::{Capability, Device, DeviceKind, ModelOffer, Rate, SamplingOffer, Skill};
+use chorus_protocol::{Embedding, Hash, List, NodeId, Text};
 
 use crate::config::{Config, EngineKind};
+use crate::training::{self, Purpose};
 
 /// Puts the capability together. `embeddings` belong to the configured skills, in their order.
 pub(crate) fn build(
     config: &Config,
+    me: NodeId,
     models: &[(ModelInfo, Option<Calibration>)],
     embeddings: &[Option<Embedding>],
 ) -> Capability {
@@ -28,7 +30,21 @@ pub(crate) fn build(
         slots,
         skills: List::truncated(skills),
         tools: List::default(),
+        sampling: sampling(config, me),
     }
+}
+
+/// A node that samples offers itself to the trainer of its policy, unless it only keeps versions.
+fn sampling(config: &Config, me: NodeId) -> Option<SamplingOffer> {
+    let policy = match training::purpose(config, me).ok().flatten()? {
+        Purpose::Policy(policy) if policy.owner == me => return None,
+        Purpose::Policy(policy) => Some(policy),
+        Purpose::Anybody => None,
+    };
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "its bounds were checked")]
+    let price_milli = (config.sampler.price * 1_000.0).round() as u32;
+    let offer = SamplingOffer { slots: config.sampler.slots, price_milli, policy };
+    (offer.slots > 0).then_some(offer)
 }
 
 fn offer(info: &ModelInfo, speed: Option<&Calibration>) -> ModelOffer {

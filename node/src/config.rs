@@ -20,6 +20,8 @@ const API_PORT: u16 = 7700;
 const BULK_PORT: u16 = 7800;
 /// The most nodes that `--instance` can put on one host before their ports meet.
 const MAX_INSTANCE: u16 = 99;
+/// The dearest hour of sampling: in thousandths it fits what crosses the wire.
+const MAX_PRICE: f64 = 4_000_000.0;
 
 /// Everything a person can set.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -126,10 +128,14 @@ pub(crate) struct BeaconSection {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct SamplerSection {
-    /// The policy, as `name@did:key:…`; empty for none.
+    /// The policy, as `name@did:key:…`; `any` for that of whatever trainer hires this node; empty for none.
     pub policy: String,
     /// Rollouts that are sampled, or wait for the engine, at a time; 0 for a node that only keeps versions for others.
     pub slots: u16,
+    /// What an hour of it costs, in the unit that the swarm reckons in; 0 asks for nothing.
+    pub price: f64,
+    /// The largest version that is taken, in MiB.
+    pub max_policy_mb: u64,
     /// Pass versions on to other samplers.
     pub share: bool,
     /// Disk for rollouts that the trainer has not acknowledged, in MiB.
@@ -169,6 +175,10 @@ pub(crate) struct TrainerSection {
     pub steps: u64,
     /// The held-out reward at which the run ends; 0 for none.
     pub until: f64,
+    /// Samplers that are hired at a time, at most.
+    pub samplers: usize,
+    /// How long a sampler is hired for, in seconds; who is still wanted then is hired again.
+    pub term_s: u64,
     /// Updates between two versions.
     pub publish_every: u64,
     /// What this node may send of a version beyond one copy, in percent, while samplers pass it on among themselves.
@@ -261,7 +271,15 @@ impl Default for EngineSection {
 
 impl Default for SamplerSection {
     fn default() -> Self {
-        Self { policy: String::new(), slots: 16, share: true, spool_mb: 256, drop_oldest: false }
+        Self {
+            policy: String::new(),
+            slots: 16,
+            price: 0.0,
+            max_policy_mb: 16_384,
+            share: true,
+            spool_mb: 256,
+            drop_oldest: false,
+        }
     }
 }
 
@@ -282,6 +300,8 @@ impl Default for TrainerSection {
             micro_batch: 0,
             steps: 0,
             until: 0.0,
+            samplers: 64,
+            term_s: 60,
             publish_every: 1,
             extra_percent: 40,
             evaluate_every: 25,
@@ -447,6 +467,10 @@ impl Config {
         if self.engine.kind == EngineKind::Openai && self.engine.url.is_empty() {
             return Err(CommandError::usage("engine.kind = \"openai\" wants engine.url")
                 .hint("e.g. engine.url = \"http://127.0.0.1:8080/v1\""));
+        }
+        if !(0.0..=MAX_PRICE).contains(&self.sampler.price) {
+            return Err(CommandError::usage(format!("sampler.price is {}, which is no price", self.sampler.price))
+                .hint(format!("it is what an hour of sampling costs: from 0 to {MAX_PRICE}")));
         }
         if self.engine.slots == 0 && self.engine.kind != EngineKind::None {
             return Err(CommandError::usage("engine.slots is 0, so the node would never answer")

@@ -16,9 +16,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use chorus_api::TaskLog;
-use chorus_core::{Acceptance, Command, Effect, EngineInput, Input, NetInput, Node, NodeEvent, Restored, Topic};
+use chorus_core::{
+    Acceptance, Command, Effect, EngineInput, Input, JobEvent, JobEventKind, LedgerEvent, NetInput, Node, NodeEvent,
+    Restored, RunId, Topic,
+};
 use chorus_machine::{Ctx, Machine, Outbox, Rng, Time};
 use chorus_net::{GossipToken, NetEvent, NetHandle, Verdict};
+use chorus_protocol::job::{JobKind, Payload};
 use chorus_protocol::{NodeId, WallTime};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -28,7 +32,7 @@ use crate::metrics::Metrics;
 use crate::net_log;
 use crate::spans::JobSpans;
 use crate::storage::Disk;
-use crate::training::News;
+use crate::training::{Grant, News};
 
 /// Requests of the API and the commands that may wait.
 const REQUEST_QUEUE: usize = 256;
@@ -99,6 +103,8 @@ impl NodeHandle {
 /// What the loop needs to run.
 pub(crate) struct Parts {
     pub node: Node,
+    /// The zero of the node's clock, and of the training room's.
+    pub epoch: Instant,
     pub rng: Rng,
     pub net: NetHandle,
     pub net_events: mpsc::Receiver<NetEvent>,
@@ -139,7 +145,7 @@ impl Driver {
         Self {
             node: parts.node,
             rng: parts.rng,
-            epoch: Instant::now(),
+            epoch: parts.epoch,
             net: parts.net,
             net_events: parts.net_events,
             disk: parts.disk,
@@ -295,11 +301,15 @@ impl Driver {
                 tracing::warn!(peer = %peer.fmt_short(), reason, "a peer broke the rules");
             }
             Effect::Persist(batch) => self.disk.submit(batch).map_err(|batch| Box::new(Effect::Persist(*batch)))?,
+            Effect::Run { run, kind: JobKind::Sample, payload, deadline } => self.sample(run, payload, deadline)?,
             Effect::Run { run, kind, payload, deadline } => {
                 let limit = deadline.since(self.now());
                 self.engine.run(run, kind, *payload, limit);
             }
-            Effect::Stop { run } => self.engine.stop(&run),
+            Effect::Stop { run } => {
+                self.engine.stop(&run);
+                self.tell(News::Stop(run));
+            }
             Effect::Embed { request, text } => {
                 if !self.engine.embed(request, text) {
                     return Err(Box::new(Effect::Embed { request, text: String::new() }));
@@ -311,9 +321,21 @@ impl Driver {
                 self.tasks.finish(task, result.map(|answer| *answer));
             }
             // The training room is the only customer that hands jobs in by itself.
+            Effect::Job(JobEvent { kind: JobEventKind::Progress { .. }, .. }) => {}
             Effect::Job(event) => self.tell(News::Job(event)),
             Effect::JobDone { job, result } => self.tell(News::JobDone { job, result }),
             Effect::Event(event) => self.on_event(&event),
+        }
+        Ok(())
+    }
+
+    /// Gives a lease to sample to the training room. One that cannot take it is as good as busy.
+    fn sample(&self, run: RunId, payload: Box<Payload>, deadline: Time) -> Result<(), Box<Effect>> {
+        let until = Instant::now() + deadline.since(self.now());
+        let grant = Grant { run, policy: payload.policy.clone(), until };
+        let refused = self.news.try_send(News::Granted(grant)).is_err();
+        if refused {
+            return Err(Box::new(Effect::Run { run, kind: JobKind::Sample, payload, deadline }));
         }
         Ok(())
     }
@@ -335,6 +357,10 @@ impl Driver {
 
     fn on_event(&mut self, event: &NodeEvent) {
         self.metrics.on_event(event);
+        if let NodeEvent::Ledger(LedgerEvent::Capability { node, capability }) = event {
+            let offer = capability.as_ref().and_then(|capability| capability.sampling.clone());
+            self.tell(News::Offer { node: *node, offer });
+        }
         match event {
             NodeEvent::JobSubmitted { job, task, kind } => self.jobs.submitted(*job, *task, *kind),
             NodeEvent::Job(event) => self.jobs.on_event(event),

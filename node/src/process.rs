@@ -9,7 +9,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chorus_api::{ApiConfig, TaskLog};
 use chorus_core::{Command, Node, NodeConfig};
@@ -19,7 +19,7 @@ use chorus_engine::{
 };
 use chorus_machine::Rng;
 use chorus_net::{Addr, Net, NetConfig, Ticket};
-use chorus_protocol::{Embedding, SecretKey};
+use chorus_protocol::{Embedding, NodeId, SecretKey};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -43,7 +43,7 @@ pub(crate) const RUN_FILE: &str = "run.json";
 /// How long the tasks of a stopping process are waited for.
 const GRACE: Duration = Duration::from_secs(3);
 /// What the control plane tells the training room, and may wait.
-const NEWS_QUEUE: usize = 64;
+const NEWS_QUEUE: usize = 256;
 
 /// Runs a node until it is told to stop.
 pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
@@ -57,19 +57,23 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
     let shutdown = CancellationToken::new();
     let (news_tx, news) = mpsc::channel(NEWS_QUEUE);
     let (handle, requests) = NodeHandle::channel();
-    let room = training::Parts {
+    let epoch = Instant::now();
+    let means = training::Means {
         config: config.clone(),
         key: key.clone(),
         network: network.clone(),
         net: net.clone(),
+        node: handle.clone(),
+        inputs: inputs_tx.clone(),
+        epoch,
         rng: rng.fork(),
-        news,
-        shutdown: shutdown.clone(),
     };
+    let room = training::Parts { means, news, shutdown: shutdown.clone() };
     let room = training::start(room).await?;
     let (tasks, metrics) = (Arc::new(TaskLog::default()), Arc::new(Metrics::default()));
     let mut driver = Driver::new(Parts {
         node: Node::new(node_config(&config)?, key.clone()),
+        epoch,
         rng: rng.fork(),
         net: net.clone(),
         net_events,
@@ -101,7 +105,7 @@ pub(crate) async fn run(config: Config) -> Result<(), CommandError> {
     tracing::info!(node = %key.node_id(), name = config.name, api = %bound.local_addr(), "the node is up");
     let mut driving = tokio::spawn(driver.run());
     let ended = tokio::select! {
-        ended = bring_up(&config, &handle, &backend) => ended,
+        ended = bring_up(&config, key.node_id(), &handle, &backend) => ended,
         () = interrupted() => Ok(()),
         died = &mut driving => Err(loop_died(died)),
     };
@@ -124,11 +128,11 @@ fn loop_died(died: Result<(), tokio::task::JoinError>) -> CommandError {
 }
 
 /// Loads the models, announces what the node can do, and then waits for ever.
-async fn bring_up(config: &Config, handle: &NodeHandle, backend: &NodeBackend) -> Result<(), CommandError> {
+async fn bring_up(config: &Config, me: NodeId, handle: &NodeHandle, backend: &NodeBackend) -> Result<(), CommandError> {
     let engines = load(config).await?;
     let models = measure(engines.engine.as_deref()).await;
     let embeddings = embed_skills(config, engines.embedder.as_deref()).await;
-    let offer = capability::build(config, &models, &embeddings);
+    let offer = capability::build(config, me, &models, &embeddings);
     backend.install(engines.clone(), &models);
     let gone = |_| CommandError::machine("the node stopped while it started");
     handle.install(engines).await.map_err(gone)?;

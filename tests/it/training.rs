@@ -79,6 +79,43 @@ fn samplers_follow_the_trainer_and_every_update_uses_what_they_sampled() {
 }
 
 #[test]
+fn a_node_that_samples_for_anybody_is_hired_by_the_beacon_accounts_for_each_term_and_is_free_again() {
+    let mut swarm = Swarm::new("it-hired");
+    let teacher = swarm.start(&trainer("staleness = 2\nterm_s = 2\nsteps = 600"));
+    let anybody = NodeOptions {
+        config: "[engine]\nthreads = 1\n[sampler]\npolicy = \"any\"\nprice = 1.5\n".into(),
+        ..NodeOptions::asker()
+    };
+    let pupil = swarm.start(&anybody);
+    let room = wait_for("a sampler that is hired", || {
+        training(&swarm.nodes[pupil]).filter(|room| room["hired_for_s"].is_number())
+    });
+    assert!(room["policy"].as_str().unwrap().starts_with("lesson@"), "it learned the policy from its lease: {room}");
+    let hiring = wait_for("a trainer that knows whom it pays", || {
+        training(&swarm.nodes[teacher])
+            .map(|room| room["hiring"].clone())
+            .filter(|hiring| hiring["price_per_hour"] == json!(1.5))
+    });
+    assert_eq!(hiring["offers"].as_array().map(Vec::len), Some(1), "{hiring}");
+    wait_for("receipts of two terms", || {
+        let (_, page) = swarm.nodes[teacher].get("/v1/ledger?kind=receipt");
+        let receipts = page["entries"].as_array()?.clone();
+        let good = |entry: &&Value| {
+            let receipt = &entry["body"]["receipt"];
+            receipt["kind"] == "sample" && receipt["verdict"] == "accepted" && receipt["tokens"].as_u64() > Some(0)
+        };
+        (receipts.iter().filter(good).count() >= 2).then_some(())
+    });
+    wait_for("the run's end", || {
+        training(&swarm.nodes[teacher])
+            .filter(|room| room["state"].as_str().is_some_and(|state| state.starts_with("done")))
+    });
+    wait_for("a sampler that is free again", || training(&swarm.nodes[pupil]).filter(|room| room["name"] == "any"));
+    let policies = std::fs::read_dir(swarm.nodes[pupil].dir().join("policies")).unwrap().count();
+    assert_eq!(policies, 0, "what it fetched for somebody else is gone");
+}
+
+#[test]
 fn in_the_sequential_mode_every_update_uses_its_own_weights() {
     let mut swarm = Swarm::new("it-sequential");
     let teacher = swarm.start(&trainer("sequential = true"));

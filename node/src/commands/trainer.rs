@@ -162,6 +162,7 @@ pub(super) fn status_text(status: &Value) -> String {
                     .as_u64()
                     .map_or_else(|| "an unknown number".to_owned(), |n| n.to_string()),
             ),
+            hired(&status["hiring"]),
             format!(
                 "stream    {} tokens/s, {} bytes a token; {connected} connected",
                 number(&status["tokens_per_s"]),
@@ -172,6 +173,10 @@ pub(super) fn status_text(status: &Value) -> String {
     }
     lines.extend([
         format!("sampler   serves {}; waits for {}", version(&status["serving"]), text(&status["waits_for"])),
+        format!(
+            "lease     {}",
+            status["hired_for_s"].as_u64().map_or_else(|| "none".to_owned(), |left| format!("for {left} s more"))
+        ),
         format!("weights   newest whole {}; {connected} connected", version(&status["whole"])),
         format!(
             "rollouts  {} count, {} do not, {} lost; {} frames wait for the trainer",
@@ -183,6 +188,16 @@ pub(super) fn status_text(status: &Value) -> String {
         lines.push(format!("arriving  {}: {} of {of} chunks", version(arriving), arriving["chunks"]));
     }
     lines.join("\n") + "\n"
+}
+
+/// Who samples, and what it costs.
+fn hired(hiring: &Value) -> String {
+    let offers = hiring["offers"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let hired = offers.iter().filter(|offer| !offer["hired_for_s"].is_null()).count();
+    let price = hiring["price_per_hour"].as_f64().unwrap_or_default();
+    let cost = if price > 0.0 { format!(" for {price} an hour") } else { String::new() };
+    let trouble = hiring["trouble"].as_str().filter(|_| hired == 0).map(|why| format!("; {why}")).unwrap_or_default();
+    format!("hired     {hired} of {} that offer to sample{cost}{trouble}", offers.len())
 }
 
 fn curve(config: &Config, form: &str) -> Result<(), CommandError> {

@@ -53,6 +53,7 @@ impl Commons {
         library: Library,
         broadcast: Broadcast,
         rng: Rng,
+        epoch: Instant,
     ) -> Self {
         Self {
             me: key.node_id(),
@@ -64,7 +65,7 @@ impl Commons {
             library,
             broadcast,
             rng,
-            epoch: Instant::now(),
+            epoch,
             manifests: BTreeMap::new(),
             leaving: BTreeMap::new(),
             next_token: 0,

@@ -52,8 +52,15 @@ impl Library {
         Ok(Self { root, network: network.clone() })
     }
 
+    /// Deletes all of a policy's versions.
+    pub(crate) fn delete(data_dir: &Path, policy: &PolicyId) {
+        if let Err(error) = fs::remove_dir_all(Self::root(data_dir, policy)) {
+            tracing::warn!(%error, %policy, "its versions were not deleted");
+        }
+    }
+
     /// Returns where a policy's versions lie. The name is only shown, since it may hold what no file system takes.
-    fn root(data_dir: &Path, policy: &PolicyId) -> PathBuf {
+    pub(super) fn root(data_dir: &Path, policy: &PolicyId) -> PathBuf {
         let shown: String =
             policy.name.as_str().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
         let id =

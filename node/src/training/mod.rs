@@ -18,6 +18,8 @@
 //! | [`commons`] | what both roles share: the broadcast of versions |
 //! | [`sampler`], [`sampling`] | the sampler's role; a task, an answer, a reward |
 //! | [`trainer`], [`learning`] | the trainer's role; the learner's thread |
+//! | [`host`] | opens and closes rooms on a node that samples for anybody |
+//! | [`hires`], [`lease`] | the job that a sampler is hired by: the trainer's side, the sampler's |
 //! | [`external`] | somebody outside the node learns instead |
 //! | [`sessions`] | who is connected, and whom to connect to |
 //! | [`disk`], [`library`] | frames and chunks on disk; a policy's versions |
@@ -28,7 +30,10 @@ mod commons;
 mod disk;
 pub(crate) mod evidence;
 pub(crate) mod external;
+mod hires;
+mod host;
 mod learning;
+mod lease;
 pub(crate) mod library;
 pub(crate) mod metrics;
 mod room;
@@ -39,8 +44,10 @@ mod trainer;
 
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
+use chorus_core::Input;
 use chorus_engine::{VersionedConfig, VersionedEngine};
 use chorus_machine::Rng;
 use chorus_net::{BulkConfig, BulkEvent, BulkHandle, BulkPlane, NetHandle};
@@ -59,27 +66,48 @@ use tokio_util::sync::CancellationToken;
 use self::commons::Commons;
 use self::disk::Disk;
 use self::external::Desk;
+use self::hires::Hires;
+use self::host::Host;
 use self::learning::Teacher;
+pub(crate) use self::lease::Grant;
+use self::lease::Lease;
 use self::library::Library;
 pub(crate) use self::room::News;
-use self::room::{Ask, Role, Room, Sources};
+use self::room::{Ask, Opened, Role, Room, Sources, Works};
 use self::sampler::SamplerRole;
 use self::sessions::Sessions;
 use self::trainer::TrainerRole;
 use crate::config::Config;
+use crate::driver::NodeHandle;
 use crate::error::CommandError;
 
 /// Requests of the API that may wait.
 const ASK_QUEUE: usize = 16;
+/// What `sampler.policy` says on a node that samples for whatever trainer hires it.
+pub(crate) const ANYBODY: &str = "any";
 /// Members that come back from the engine and may wait.
 const DRAWN_QUEUE: usize = 256;
+
+/// The policy's engine that the API may ask, while there is one.
+#[derive(Clone, Default)]
+pub(crate) struct Serving(Arc<Mutex<Option<Arc<VersionedEngine>>>>);
+
+impl Serving {
+    pub(crate) fn get(&self) -> Option<Arc<VersionedEngine>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, engine: Option<Arc<VersionedEngine>>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = engine;
+    }
+}
 
 /// The way to the room from the API.
 #[derive(Clone)]
 pub(crate) struct TrainingHandle {
     asks: mpsc::Sender<Ask>,
     /// The policy's engine, on a sampler.
-    pub(crate) engine: Option<Arc<VersionedEngine>>,
+    pub(crate) serving: Serving,
     /// Where a trainer outside the node works, if this one is trained so.
     pub(crate) desk: Option<Arc<Desk>>,
 }
@@ -100,20 +128,40 @@ impl TrainingHandle {
     }
 }
 
-/// What a room is made of.
-pub(crate) struct Parts {
+/// What rooms are made of.
+pub(crate) struct Means {
     pub(crate) config: Config,
     pub(crate) key: SecretKey,
     pub(crate) network: NetworkId,
     pub(crate) net: NetHandle,
+    /// The way to the node's job counter.
+    pub(crate) node: NodeHandle,
+    /// Where the end of a run is told.
+    pub(crate) inputs: mpsc::Sender<Input>,
+    /// The zero of the node's clock.
+    pub(crate) epoch: Instant,
     pub(crate) rng: Rng,
+}
+
+/// What the training of a node is started with.
+pub(crate) struct Parts {
+    pub(crate) means: Means,
     /// What the control plane tells it.
     pub(crate) news: mpsc::Receiver<News>,
     pub(crate) shutdown: CancellationToken,
 }
 
-/// Returns the policy that this node trains or samples for, if it does.
-pub(crate) fn policy(config: &Config, me: NodeId) -> Result<Option<PolicyId>, CommandError> {
+/// For whom a node trains or samples.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// This policy: its own, or one that somebody else trains.
+    Policy(PolicyId),
+    /// Whatever trainer hires it.
+    Anybody,
+}
+
+/// Returns what this node trains or samples for, if it does.
+pub(crate) fn purpose(config: &Config, me: NodeId) -> Result<Option<Purpose>, CommandError> {
     let (trains, samples) = (&config.trainer.policy, &config.sampler.policy);
     if !trains.is_empty() && !samples.is_empty() {
         return Err(CommandError::usage("a node trains or samples, not both")
@@ -121,9 +169,13 @@ pub(crate) fn policy(config: &Config, me: NodeId) -> Result<Option<PolicyId>, Co
     }
     if !trains.is_empty() {
         let name = Text::new(trains.clone()).map_err(CommandError::usage)?;
-        return Ok(Some(PolicyId { owner: me, name }));
+        return Ok(Some(Purpose::Policy(PolicyId { owner: me, name })));
     }
-    (!samples.is_empty()).then(|| parse_policy(samples)).transpose()
+    match samples.as_str() {
+        "" => Ok(None),
+        ANYBODY => Ok(Some(Purpose::Anybody)),
+        policy => Ok(Some(Purpose::Policy(parse_policy(policy)?))),
+    }
 }
 
 /// Reads `name@did:key:…`.
@@ -138,65 +190,93 @@ pub(crate) fn parse_policy(text: &str) -> Result<PolicyId, CommandError> {
     })
 }
 
-/// Opens the room that the configuration asks for, and runs it until the shutdown token fires.
+/// Starts what the configuration asks for; it runs until the shutdown token fires.
 pub(crate) async fn start(parts: Parts) -> Result<Option<TrainingHandle>, CommandError> {
-    let me = parts.key.node_id();
-    let Some(policy) = policy(&parts.config, me)? else { return Ok(None) };
-    let directory = parts.config.data_dir.join("training");
-    fs::create_dir_all(&directory).map_err(CommandError::machine)?;
-    let (bulk, events) = open_bulk(&parts).await?;
-    let library = Library::open(&parts.config.data_dir, &policy, &parts.network).map_err(CommandError::machine)?;
-    let (disk, disk_done, frames) =
-        Disk::open(&directory, library.clone(), parts.network.clone()).map_err(CommandError::machine)?;
-    // Those that rollouts may still be of are kept, so that they can be examined after a restart too.
-    let keep = BroadcastConfig::default().keep.max(parts.config.trainer.staleness as usize + 2);
-    let broadcast = BroadcastConfig {
-        keep,
-        share: parts.config.sampler.share,
-        extra_percent: parts.config.trainer.extra_percent,
-        ..BroadcastConfig::default()
-    };
-    let broadcast = Broadcast::new(broadcast, parts.network.clone(), policy.clone(), me);
-    let sessions = Sessions::new(bulk, me, policy.owner);
-    let common = Commons::new(
-        parts.key.clone(),
-        parts.network.clone(),
-        policy.clone(),
-        sessions,
-        disk,
-        library.clone(),
-        broadcast,
-        parts.rng.clone(),
-    );
+    let Parts { mut means, news, shutdown } = parts;
+    let Some(purpose) = purpose(&means.config, means.key.node_id())? else { return Ok(None) };
+    let (bulk, events) = open_bulk(&means).await?;
     let (asks_tx, asks) = mpsc::channel(ASK_QUEUE);
-    let (drawn_tx, drawn) = mpsc::channel(DRAWN_QUEUE);
-    let (mut engine, mut learned, mut desk) = (None, None, None);
-    let role = if policy.owner == me {
-        let secret = parts.rng.clone().bytes();
-        let (role, lessons) = trainer(&parts.config, &directory, library, policy, &frames, secret)?;
-        (learned, desk) = (Some(lessons), role.desk());
-        Role::Trainer(Box::new(role))
-    } else {
-        let versioned = Arc::new(VersionedEngine::new(engine_config(&parts.config, &policy)));
-        engine = (parts.config.sampler.slots > 0).then(|| Arc::clone(&versioned));
-        let own: Vec<_> = frames.iter().filter(|frame| frame.author() == me).map(held).collect();
-        let sampler =
-            Sampler::new(sampler_config(&parts.config, policy), parts.network.clone(), parts.key.clone(), &own);
-        // Who samples nothing only keeps versions, for others and for himself, and loads none.
-        let serves = (parts.config.sampler.slots > 0).then_some(versioned);
-        Role::Sampler(Box::new(SamplerRole::new(sampler, serves, drawn_tx)))
-    };
-    let sources = Sources { events, disk_done, drawn, learned, news: parts.news, asks };
-    tokio::spawn(Room::new(common, role, parts.net, sources).run(parts.shutdown));
-    Ok(Some(TrainingHandle { asks: asks_tx, engine, desk }))
+    let (serving, sources) = (Serving::default(), Sources { events, news, asks });
+    let mut desk = None;
+    match purpose {
+        Purpose::Policy(policy) => {
+            let directory = means.config.data_dir.join("training");
+            let opened = open(&mut means, &bulk, &policy, &directory, &serving)?;
+            desk = opened.desk();
+            let room = Room::new(opened, means.net, means.node, sources, None);
+            tokio::spawn(room.run(shutdown));
+        }
+        Purpose::Anybody => {
+            tokio::spawn(Host::new(means, bulk, serving.clone(), sources).run(shutdown));
+        }
+    }
+    Ok(Some(TrainingHandle { asks: asks_tx, serving, desk }))
 }
 
-async fn open_bulk(parts: &Parts) -> Result<(BulkHandle, mpsc::Receiver<BulkEvent>), CommandError> {
-    let config = BulkConfig { listen: parts.config.net.bulk.clone(), ..BulkConfig::default() };
-    BulkPlane::start(config, &parts.key, &parts.net).await.map_err(|error| {
+async fn open_bulk(means: &Means) -> Result<(BulkHandle, mpsc::Receiver<BulkEvent>), CommandError> {
+    let config = BulkConfig { listen: means.config.net.bulk.clone(), ..BulkConfig::default() };
+    BulkPlane::start(config, &means.key, &means.net).await.map_err(|error| {
         CommandError::machine(error)
             .hint("choose other UDP addresses for net.bulk, or none: then libp2p carries it, slowly")
     })
+}
+
+/// Opens the room of a policy. What it keeps beside the policy's versions lies in `directory`.
+fn open(
+    means: &mut Means,
+    bulk: &BulkHandle,
+    policy: &PolicyId,
+    directory: &Path,
+    serving: &Serving,
+) -> Result<Opened, CommandError> {
+    let (config, me) = (&means.config, means.key.node_id());
+    fs::create_dir_all(directory).map_err(CommandError::machine)?;
+    let library = Library::open(&config.data_dir, policy, &means.network).map_err(CommandError::machine)?;
+    let (disk, disk_done, frames) =
+        Disk::open(directory, library.clone(), means.network.clone()).map_err(CommandError::machine)?;
+    let broadcast = Broadcast::new(broadcast_config(config), means.network.clone(), policy.clone(), me);
+    let mut commons = Commons::new(
+        means.key.clone(),
+        means.network.clone(),
+        policy.clone(),
+        Sessions::new(bulk.clone(), me, policy.owner),
+        disk,
+        library.clone(),
+        broadcast,
+        means.rng.fork(),
+        means.epoch,
+    );
+    let (drawn_tx, drawn) = mpsc::channel(DRAWN_QUEUE);
+    let mut learned = None;
+    let role = if policy.owner == me {
+        let secret = means.rng.bytes();
+        let hires = Hires::new(&config.trainer, means.node.clone(), &mut commons);
+        let (role, lessons) = trainer(config, directory, library, policy.clone(), &frames, secret, hires)?;
+        learned = Some(lessons);
+        Role::Trainer(Box::new(role))
+    } else {
+        let versioned = Arc::new(VersionedEngine::new(engine_config(config, policy)));
+        // Who samples nothing only keeps versions, for others and for himself, and loads none.
+        let serves = (config.sampler.slots > 0).then_some(versioned);
+        serving.set(serves.clone());
+        let own: Vec<_> = frames.iter().filter(|frame| frame.author() == me).map(held).collect();
+        let config = sampler_config(config, policy.clone());
+        let sampler = Sampler::new(config, means.network.clone(), means.key.clone(), &own);
+        Role::Sampler(Box::new(SamplerRole::new(sampler, serves, drawn_tx, Lease::new(means.inputs.clone()))))
+    };
+    Ok(Opened { commons, role, works: Works { disk_done, drawn, learned } })
+}
+
+fn broadcast_config(config: &Config) -> BroadcastConfig {
+    // Those that rollouts may still be of are kept, so that they can be examined after a restart too.
+    let keep = BroadcastConfig::default().keep.max(config.trainer.staleness as usize + 2);
+    BroadcastConfig {
+        keep,
+        share: config.sampler.share,
+        extra_percent: config.trainer.extra_percent,
+        max_bytes: config.sampler.max_policy_mb.saturating_mul(1 << 20),
+        ..BroadcastConfig::default()
+    }
 }
 
 fn held(frame: &Verified<RolloutFrame>) -> (u64, usize, u32) {
@@ -224,6 +304,7 @@ fn trainer(
     policy: PolicyId,
     frames: &[Verified<RolloutFrame>],
     secret: [u8; 32],
+    hires: Hires,
 ) -> Result<(TrainerRole, mpsc::Receiver<learning::Learned>), CommandError> {
     let section = config.trainer.clone();
     let (teacher, lessons, resumed) = Teacher::start(&section, directory, library, policy.clone(), secret)?;
@@ -242,5 +323,5 @@ fn trainer(
         }
         None => (Curve::default(), Buffer::new(buffer).map_err(CommandError::usage)?),
     };
-    Ok((TrainerRole::new(section, buffer, teacher, directory.to_owned(), curve, step), lessons))
+    Ok((TrainerRole::new(section, buffer, hires, teacher, directory.to_owned(), curve, step), lessons))
 }

@@ -1,10 +1,12 @@
 //! The loop of a training room.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use chorus_core::{JobDone, JobError, JobEvent};
+use chorus_core::{JobDone, JobError, JobEvent, RunId};
 use chorus_machine::Time;
 use chorus_net::{BulkEvent, NetHandle, SessionId};
+use chorus_protocol::capability::SamplingOffer;
 use chorus_protocol::policy::Manifest;
 use chorus_protocol::rollout::Bulk;
 use chorus_protocol::{Admitted, Hash, JobId, NodeId};
@@ -17,9 +19,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::commons::Commons;
 use super::disk::Done;
+use super::external::Desk;
+use super::hires::Hires;
 use super::learning::Learned;
+use super::lease::Grant;
 use super::sampler::{Drawn, SamplerRole};
 use super::trainer::TrainerRole;
+use crate::driver::NodeHandle;
 
 /// How often other holders of the policy are looked for: soon at first, then now and then.
 const SEEK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
@@ -34,6 +40,12 @@ pub(crate) enum News {
     PeerUp(NodeId),
     /// A node is not spoken with any more.
     Banned(NodeId),
+    /// What a node offers to sample, by the ledger; none if it does not any more.
+    Offer { node: NodeId, offer: Option<SamplingOffer> },
+    /// This node got a lease to sample.
+    Granted(Grant),
+    /// A run of this node is taken back; not necessarily one of the room's.
+    Stop(RunId),
     /// Something happened to a job of the room's own.
     Job(JobEvent),
     /// Such a job has ended.
@@ -46,14 +58,35 @@ pub(super) enum Ask {
     Curve(oneshot::Sender<Option<Curve>>),
 }
 
-/// Where inputs come from.
+/// Where inputs come from, whichever room is open.
 pub(super) struct Sources {
     pub(super) events: mpsc::Receiver<BulkEvent>,
+    pub(super) news: mpsc::Receiver<News>,
+    pub(super) asks: mpsc::Receiver<Ask>,
+}
+
+/// Where what this room set to work tells of its ends.
+pub(super) struct Works {
     pub(super) disk_done: mpsc::Receiver<Done>,
     pub(super) drawn: mpsc::Receiver<Drawn>,
     pub(super) learned: Option<mpsc::Receiver<Learned>>,
-    pub(super) news: mpsc::Receiver<News>,
-    pub(super) asks: mpsc::Receiver<Ask>,
+}
+
+/// All that a policy's room has of its own.
+pub(super) struct Opened {
+    pub(super) commons: Commons,
+    pub(super) role: Role,
+    pub(super) works: Works,
+}
+
+impl Opened {
+    /// Returns where somebody outside learns, if nobody in here does.
+    pub(super) fn desk(&self) -> Option<Arc<Desk>> {
+        match &self.role {
+            Role::Trainer(role) => role.desk(),
+            Role::Sampler(_) => None,
+        }
+    }
 }
 
 /// What this node does for the policy.
@@ -67,7 +100,15 @@ pub(super) struct Room {
     commons: Commons,
     role: Role,
     net: NetHandle,
+    node: NodeHandle,
     sources: Sources,
+    works: Works,
+    /// How long a room that nobody hires any more stays open; none for one that is open for good.
+    linger: Option<Duration>,
+    /// Since when it has had nothing to do.
+    idle_since: Option<Instant>,
+    /// A lease for another policy, for which this room has to close.
+    next: Option<Grant>,
     /// The policy's name in the DHT.
     place: Hash,
     seek_at: Instant,
@@ -75,31 +116,72 @@ pub(super) struct Room {
 }
 
 impl Room {
-    pub(super) fn new(commons: Commons, role: Role, net: NetHandle, sources: Sources) -> Self {
+    pub(super) fn new(
+        opened: Opened,
+        net: NetHandle,
+        node: NodeHandle,
+        sources: Sources,
+        linger: Option<Duration>,
+    ) -> Self {
+        let Opened { commons, role, works } = opened;
         let policy = &commons.policy;
         let parts: [&[u8]; 2] = [policy.owner.as_bytes(), policy.name.as_str().as_bytes()];
         let place = Hash::derive("chorus policy providers v1", &parts);
-        Self { commons, role, net, sources, place, seek_at: Instant::now() + SEEK.0, seek_every: SEEK.0 }
+        Self {
+            commons,
+            role,
+            net,
+            node,
+            sources,
+            works,
+            linger,
+            idle_since: None,
+            next: None,
+            place,
+            seek_at: Instant::now() + SEEK.0,
+            seek_every: SEEK.0,
+        }
     }
 
-    /// Runs until the shutdown token fires.
-    pub(super) async fn run(mut self, shutdown: CancellationToken) {
+    /// Takes the lease for which the room is opened.
+    pub(super) fn grant(&mut self, grant: Grant) {
+        if let Role::Sampler(role) = &mut self.role {
+            role.granted(&self.commons, grant);
+        }
+    }
+
+    /// Runs until the shutdown token fires, or a room that is not open for good is needed no more. Returns where inputs come from, and
+    /// the lease for which the next room is to be opened.
+    pub(super) async fn run(mut self, shutdown: CancellationToken) -> (Sources, Option<Grant>) {
         self.begin().await;
-        loop {
+        while !self.is_over() {
             let wake = self.sleep();
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
                 Some(ask) = self.sources.asks.recv() => self.answer(ask),
-                Some(done) = self.sources.disk_done.recv() => self.disk_done(done),
-                Some(learned) = next(&mut self.sources.learned) => self.learned(learned),
-                Some(drawn) = self.sources.drawn.recv() => self.drawn(drawn),
+                Some(done) = self.works.disk_done.recv() => self.disk_done(done),
+                Some(learned) = next(&mut self.works.learned) => self.learned(learned),
+                Some(drawn) = self.works.drawn.recv() => self.drawn(drawn),
                 Some(news) = self.sources.news.recv() => self.news(news),
                 Some(event) = self.sources.events.recv() => self.on_bulk(event),
                 () = tokio::time::sleep(wake) => {}
             }
             self.on_time();
         }
+        self.commons.sessions.close_all();
+        (self.sources, self.next)
+    }
+
+    /// Returns whether the room has had nothing to do for as long as it lingers, or has to make room for another.
+    fn is_over(&mut self) -> bool {
+        let (Some(linger), Role::Sampler(role)) = (self.linger, &self.role) else { return false };
+        if !role.is_idle() {
+            self.idle_since = None;
+            return false;
+        }
+        let since = *self.idle_since.get_or_insert_with(Instant::now);
+        self.next.is_some() || since.elapsed() >= linger
     }
 
     async fn begin(&mut self) {
@@ -121,7 +203,12 @@ impl Room {
         let newest = self.commons.resume(found.await.unwrap_or_default());
         match &mut self.role {
             Role::Sampler(role) => role.load(&self.commons, newest.into_iter().collect()),
-            Role::Trainer(role) => role.begin(&mut self.commons),
+            Role::Trainer(role) => {
+                role.begin(&mut self.commons);
+                for (node, offer) in Hires::offers(&self.node).await {
+                    role.offered(&mut self.commons, node, Some(offer));
+                }
+            }
         }
         let _ = self.net.provide(self.place);
     }
@@ -138,7 +225,11 @@ impl Room {
         let machines = self.deadline().map(|deadline| self.commons.until(deadline));
         let away = |at: Instant| at.saturating_duration_since(Instant::now());
         let sessions = self.commons.sessions.wakes_at().map(away);
-        let least = [machines, sessions, Some(away(self.seek_at))].into_iter().flatten().min();
+        let lease = match &self.role {
+            Role::Sampler(role) => role.wakes_at().map(away),
+            Role::Trainer(_) => None,
+        };
+        let least = [machines, sessions, lease, Some(away(self.seek_at))].into_iter().flatten().min();
         least.unwrap_or(MAX_SLEEP).min(MAX_SLEEP)
     }
 
@@ -153,8 +244,9 @@ impl Room {
                 Role::Trainer(role) => role.expire(&mut self.commons),
             }
         }
-        if let Role::Trainer(role) = &mut self.role {
-            role.tick();
+        match &mut self.role {
+            Role::Trainer(role) => role.tick(&mut self.commons),
+            Role::Sampler(role) => role.tick(),
         }
         if self.seek_at <= now {
             let _ = self.net.find_providers(self.place);
@@ -173,9 +265,32 @@ impl Room {
     fn news(&mut self, news: News) {
         match news {
             News::Providers(key, nodes) if key == self.place => self.commons.sessions.providers(&nodes),
-            News::Providers(..) | News::Job(_) | News::JobDone { .. } => {}
+            News::Providers(..) => {}
             News::PeerUp(node) => self.commons.sessions.hurry(node),
             News::Banned(node) => self.commons.sessions.close(node),
+            news => self.leases(news),
+        }
+    }
+
+    /// What the job counter says, of either side of a lease.
+    fn leases(&mut self, news: News) {
+        match (&mut self.role, news) {
+            (Role::Trainer(role), News::Offer { node, offer }) => role.offered(&mut self.commons, node, offer),
+            (Role::Trainer(role), News::Job(event)) => role.job(&mut self.commons, &event),
+            (Role::Trainer(role), News::JobDone { job, result }) => {
+                role.job_ended(&mut self.commons, job, result.err())
+            }
+            (Role::Sampler(role), News::Granted(grant)) => {
+                let other = grant.policy.as_ref().is_some_and(|policy| *policy != self.commons.policy);
+                if other && self.linger.is_some() && role.is_idle() {
+                    self.next = Some(grant);
+                } else {
+                    role.granted(&self.commons, grant);
+                }
+            }
+            (Role::Sampler(role), News::Stop(run)) => role.stopped(run),
+            // A trainer does not offer itself, so nobody hires it; and a sampler hires nobody.
+            _ => {}
         }
     }
 
@@ -292,7 +407,7 @@ impl Room {
                 let mut status = self.commons.status();
                 let own = match &self.role {
                     Role::Sampler(role) => role.status(),
-                    Role::Trainer(role) => role.status(),
+                    Role::Trainer(role) => role.status(&self.commons),
                 };
                 if let (Some(all), Some(own)) = (status.as_object_mut(), own.as_object()) {
                     all.extend(own.clone());

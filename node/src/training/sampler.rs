@@ -2,7 +2,9 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 
+use chorus_core::RunId;
 use chorus_engine::{EngineError, Order, VersionedEngine};
 use chorus_machine::{Machine, Outbox};
 use chorus_protocol::policy::{Manifest, Version};
@@ -16,6 +18,7 @@ use tokio::sync::mpsc;
 
 use super::commons::Commons;
 use super::disk::{Done, Job};
+use super::lease::{Grant, Lease};
 use super::sampling::{self, Member};
 
 /// What comes back from the engine.
@@ -42,12 +45,42 @@ pub(super) struct SamplerRole {
     loading: Option<Version>,
     /// Why the newest version does not serve.
     trouble: Option<String>,
+    lease: Lease,
 }
 
 impl SamplerRole {
-    pub(super) fn new(sampler: Sampler, engine: Option<Arc<VersionedEngine>>, drawn: mpsc::Sender<Drawn>) -> Self {
+    pub(super) fn new(
+        sampler: Sampler,
+        engine: Option<Arc<VersionedEngine>>,
+        drawn: mpsc::Sender<Drawn>,
+        lease: Lease,
+    ) -> Self {
         let (loading, trouble) = (None, None);
-        Self { sampler, engine, drawn, counted: 0, refused: 0, lost: 0, tokens: 0, loading, trouble }
+        Self { sampler, engine, drawn, counted: 0, refused: 0, lost: 0, tokens: 0, loading, trouble, lease }
+    }
+
+    /// The policy's trainer, or somebody who takes himself for it, hires this node.
+    pub(super) fn granted(&mut self, room: &Commons, grant: Grant) {
+        self.lease.take(grant, &room.policy, self.tokens);
+    }
+
+    /// A run was taken back.
+    pub(super) fn stopped(&mut self, run: RunId) {
+        self.lease.stop(run);
+    }
+
+    /// Returns whether it has no lease, and nothing left that was sampled under one.
+    pub(super) fn is_idle(&self) -> bool {
+        let status = self.sampler.status();
+        self.lease.left().is_none() && status.running == 0 && status.spooled.0 == 0
+    }
+
+    pub(super) fn wakes_at(&self) -> Option<Instant> {
+        self.lease.wakes_at()
+    }
+
+    pub(super) fn tick(&mut self) {
+        self.lease.tick(self.tokens, self.sampler.status().serving.map(|(version, _)| version));
     }
 
     pub(super) fn deadline(&self) -> Option<chorus_machine::Time> {
@@ -204,6 +237,7 @@ impl SamplerRole {
             "role": "sampler",
             "serving": status.serving.map(|(version, step)| json!({ "version": version, "step": step })),
             "waits_for": self.waits_for(&status.awaits),
+            "hired_for_s": self.lease.left().map(|left| left.as_secs()),
             "running": status.running,
             "queued": status.queued,
             "spooled_frames": status.spooled.0,
@@ -224,6 +258,9 @@ impl SamplerRole {
         match awaits {
             SamplerAwaits::Nothing => "nothing: every slot is busy".to_owned(),
             SamplerAwaits::Trainer => "the connection to the trainer".to_owned(),
+            SamplerAwaits::Work if self.lease.left().is_none() => {
+                "the trainer to hire this node: chorus ledger ls shows what it offers".to_owned()
+            }
             SamplerAwaits::Work => "work: the trainer has enough under way".to_owned(),
             SamplerAwaits::Version { step, exactly } => match (self.loading, exactly) {
                 (Some(version), _) => format!("version {version:?} to load"),

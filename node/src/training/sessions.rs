@@ -158,6 +158,16 @@ impl Sessions {
         }
     }
 
+    /// Ends every session, and seeks nobody any more.
+    pub(super) fn close_all(&mut self) {
+        for link in std::mem::take(&mut self.links).into_values() {
+            self.bulk.close(link.session);
+        }
+        for opening in std::mem::take(&mut self.attempts).into_values().filter_map(|attempt| attempt.opening) {
+            self.bulk.close(opening);
+        }
+    }
+
     /// Returns the nodes that are connected, and how.
     pub(super) fn connected(&self) -> impl Iterator<Item = (NodeId, Way)> + '_ {
         self.links.iter().filter(|(_, link)| link.up).map(|(node, link)| (*node, link.way))

@@ -9,12 +9,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use chorus_core::{JobError, JobEvent};
 use chorus_machine::{Machine, Outbox};
-use chorus_protocol::NodeId;
+use chorus_protocol::capability::SamplingOffer;
 use chorus_protocol::policy::{Manifest, Version};
 use chorus_protocol::rollout::Bulk;
+use chorus_protocol::{JobId, NodeId};
 use chorus_rollout::buffer::{Buffer, BufferEffect, BufferInput, LearnerAwaits, Progress};
 use chorus_rollout::capacity::Load;
+use chorus_rollout::hiring::{HiringInput, Track};
 use chorus_trainer::train::{Curve, Point};
 use chorus_trainer::trust::{AuditTally, Finding};
 use serde_json::{Value, json};
@@ -22,12 +25,15 @@ use serde_json::{Value, json};
 use super::commons::Commons;
 use super::disk::{Done, Job};
 use super::external::Desk;
+use super::hires::Hires;
 use super::learning::{Audit, Learned, Lesson, Teacher};
 use crate::config::TrainerSection;
 use crate::driver::wall;
 
 /// How long a checkpoint that was not written is left alone.
 const SAVE_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
+/// How often hiring hears what was measured.
+const MEASURE_EVERY: std::time::Duration = std::time::Duration::from_secs(1);
 /// Updates in a row that may come to nothing before the run stops and says so.
 const MAX_SKIPPED: u32 = 10;
 
@@ -43,6 +49,9 @@ enum End {
 pub(super) struct TrainerRole {
     section: TrainerSection,
     buffer: Buffer,
+    hires: Hires,
+    /// When hiring last heard what was measured.
+    measured: Instant,
     teacher: Teacher,
     directory: PathBuf,
     curve: Curve,
@@ -69,6 +78,7 @@ impl TrainerRole {
     pub(super) fn new(
         section: TrainerSection,
         buffer: Buffer,
+        hires: Hires,
         teacher: Teacher,
         directory: PathBuf,
         curve: Curve,
@@ -77,6 +87,8 @@ impl TrainerRole {
         Self {
             section,
             buffer,
+            hires,
+            measured: Instant::now(),
             teacher,
             directory,
             curve,
@@ -110,10 +122,12 @@ impl TrainerRole {
     }
 
     pub(super) fn deadline(&self) -> Option<chorus_machine::Time> {
-        self.buffer.deadline()
+        chorus_machine::earliest(self.buffer.deadline(), self.hires.deadline())
     }
 
     pub(super) fn expire(&mut self, room: &mut Commons) {
+        let told = self.hires.expire(room);
+        self.tell_all(room, told);
         let mut out = Outbox::new();
         room.with(|cx| self.buffer.expire(cx, &mut out));
         self.carry_out(room, out);
@@ -123,6 +137,34 @@ impl TrainerRole {
         let mut out = Outbox::new();
         room.with(|cx| self.buffer.handle(cx, input, &mut out));
         self.carry_out(room, out);
+    }
+
+    fn tell_all(&mut self, room: &mut Commons, inputs: Vec<BufferInput>) {
+        for input in inputs {
+            self.tell(room, input);
+        }
+    }
+
+    fn hire(&mut self, room: &mut Commons, input: HiringInput) {
+        let told = self.hires.tell(room, input);
+        self.tell_all(room, told);
+    }
+
+    /// A node's offer to sample, by the ledger.
+    pub(super) fn offered(&mut self, room: &mut Commons, node: NodeId, offer: Option<SamplingOffer>) {
+        self.hire(room, HiringInput::Offer { node, offer });
+    }
+
+    /// Something happened to a job by which a sampler is hired.
+    pub(super) fn job(&mut self, room: &mut Commons, event: &JobEvent) {
+        let told = self.hires.job(room, event);
+        self.tell_all(room, told);
+    }
+
+    /// Such a job has ended.
+    pub(super) fn job_ended(&mut self, room: &mut Commons, job: JobId, error: Option<JobError>) {
+        let told = self.hires.ended(room, job, error);
+        self.tell_all(room, told);
     }
 
     fn carry_out(&mut self, room: &mut Commons, mut out: Outbox<BufferEffect>) {
@@ -148,7 +190,7 @@ impl TrainerRole {
                 BufferEffect::Batch(batch) => {
                     self.learning_since = Some(Instant::now());
                     if !self.teacher.teach(Lesson::Learn(batch)) {
-                        self.stop(End::Trouble("the learner's thread is gone; restart the node".to_owned()));
+                        self.stop(room, End::Trouble("the learner's thread is gone; restart the node".to_owned()));
                     }
                 }
                 BufferEffect::Refused { sampler, group, member, reason } => {
@@ -218,6 +260,7 @@ impl TrainerRole {
             if verdict.accuses() && self.struck.insert(*sampler) {
                 let _ = room.disk.submit(Job::Evidence { sampler: *sampler, group: *group, member: *member });
                 room.sessions.close(*sampler);
+                self.hire(room, HiringInput::Bar(*sampler));
             }
         }
         self.audit = (audit.tally, audit.seconds);
@@ -233,7 +276,7 @@ impl TrainerRole {
         self.write(&point);
         self.curve.0.push(point);
         self.tell(room, BufferInput::Stepped(self.step));
-        self.judge_end(&point);
+        self.judge_end(room, &point);
         self.publish_if_due();
         self.want(room);
     }
@@ -246,7 +289,7 @@ impl TrainerRole {
         if self.skipped >= MAX_SKIPPED {
             let why =
                 format!("{MAX_SKIPPED} batches in a row taught nothing: {why}; lower trainer.rate and start again");
-            self.stop(End::Trouble(why));
+            self.stop(room, End::Trouble(why));
         }
         self.want(room);
     }
@@ -267,18 +310,19 @@ impl TrainerRole {
         }
     }
 
-    fn judge_end(&mut self, point: &Point) {
+    fn judge_end(&mut self, room: &mut Commons, point: &Point) {
         let target = self.section.until;
         if target > 0.0 && point.held_out.is_some_and(|reward| f64::from(reward) >= target) {
-            self.stop(End::Reward);
+            self.stop(room, End::Reward);
         } else if self.section.steps > 0 && self.step >= self.section.steps {
-            self.stop(End::Steps);
+            self.stop(room, End::Steps);
         }
     }
 
-    fn stop(&mut self, end: End) {
+    fn stop(&mut self, room: &mut Commons, end: End) {
         tracing::info!(step = self.step, ?end, "the run has ended");
         self.end = Some(end);
+        self.hire(room, HiringInput::Close);
     }
 
     fn publish_if_due(&mut self) {
@@ -291,7 +335,15 @@ impl TrainerRole {
 
     /// Tries again to write a checkpoint that the disk did not take. Only while no batch is out: then weights and buffer are of one
     /// moment. The learner comes to that point by itself, since nothing newer than the last checkpoint is published.
-    pub(super) fn tick(&mut self) {
+    ///
+    /// And tells hiring what was measured.
+    pub(super) fn tick(&mut self, room: &mut Commons) {
+        if self.measured.elapsed() >= MEASURE_EVERY {
+            self.measured = Instant::now();
+            let needed = self.load().map(|load| load.verdict(false).needed);
+            let tracks = self.buffer.tracks().collect();
+            self.hire(room, HiringInput::Measured { needed, tracks });
+        }
         let due = self.unsaved.as_ref().is_some_and(|(_, since)| since.elapsed() >= SAVE_AGAIN);
         if due && !self.saving && self.learning_since.is_none() {
             let progress = self.buffer.progress();
@@ -329,12 +381,12 @@ impl TrainerRole {
 
     /// Returns where it stands.
     #[allow(clippy::cast_precision_loss, reason = "figures for people")]
-    pub(super) fn status(&self) -> Value {
+    pub(super) fn status(&self, room: &Commons) -> Value {
         let tally = self.buffer.tally();
         let (open, ready, held) = self.buffer.fill();
         let learning = self.learning_since.map_or(std::time::Duration::ZERO, |since| since.elapsed());
         let elapsed = self.began.elapsed().as_secs_f64().max(1e-9);
-        let rates = self.buffer.rates().map(|(node, rate)| json!({ "node": node, "rollouts_per_s": rate }));
+        let track = |track: Track| json!({ "node": track.node, "rollouts_per_s": track.rate, "reliability": track.reliability });
         json!({
             "role": "trainer",
             "state": match &self.end {
@@ -351,7 +403,8 @@ impl TrainerRole {
                 "utilisation": (self.learned_for + learning).as_secs_f64() / elapsed,
                 "skipped": self.skipped,
             },
-            "samplers": rates.collect::<Vec<_>>(),
+            "samplers": self.buffer.tracks().map(track).collect::<Vec<_>>(),
+            "hiring": self.hires.status(room),
             "capacity": self.capacity(),
             "groups_open": open,
             "groups_ready": ready,
@@ -377,14 +430,12 @@ impl TrainerRole {
         })
     }
 
-    /// Returns what the capacity rule says of the run as it was measured so far.
-    #[allow(clippy::cast_precision_loss, reason = "figures for people")]
-    fn capacity(&self) -> Value {
+    /// Returns what was measured of the run, once all of it was.
+    #[allow(clippy::cast_precision_loss, reason = "small numbers")]
+    fn load(&self) -> Option<Load> {
         let pacing = self.buffer.pacing();
-        let rates: Vec<f64> = self.buffer.rates().filter_map(|(_, rate)| rate).collect();
-        let delivered: f64 = rates.iter().sum();
-        let (Some(step), Some(sample)) = (pacing.step.get(), pacing.sample.get()) else { return Value::Null };
-        let load = Load {
+        let (step, sample) = (pacing.step.get()?, pacing.sample.get()?);
+        Some(Load {
             rollouts: (self.section.batch * usize::from(self.section.members)) as f64,
             step,
             spread: pacing.spread.get().unwrap_or_default(),
@@ -393,15 +444,23 @@ impl TrainerRole {
             period: self.section.publish_every.max(1) as f64,
             staleness: if self.section.sequential { 0 } else { self.section.staleness },
             queued: self.buffer.fill().2 as f64,
-        };
+        })
+    }
+
+    /// Returns what the capacity rule says of it.
+    #[allow(clippy::cast_precision_loss, reason = "figures for people")]
+    fn capacity(&self) -> Value {
+        let Some(load) = self.load() else { return Value::Null };
+        let rates: Vec<f64> = self.buffer.tracks().filter_map(|track| track.rate).collect();
+        let delivered: f64 = rates.iter().sum();
         let verdict = load.verdict(false);
         json!({
             "needed_per_s": verdict.needed.is_finite().then_some(verdict.needed),
             "delivered_per_s": delivered,
             "samplers_needed": load.samplers_needed(delivered / rates.len().max(1) as f64, false),
             "expected_lag": verdict.lag,
-            "step_s": step,
-            "sample_s": sample,
+            "step_s": load.step,
+            "sample_s": load.sample,
             "spread_s": load.spread,
         })
     }
