@@ -3,8 +3,9 @@
 //! A sampler sends signed frames of about 256 KiB over loopback. In *rollouts*, the trainer verifies each, appends it to a file and
 //! acknowledges it when it is on the disk: it syncs when nothing more waits to be written, or 8 MiB have been. In *plane*, it
 //! acknowledges each as it comes, so what is measured is the plane alone. *Bare* is quinn with the same bytes behind the same
-//! lengths, read into a buffer and thrown away; once with the plane's settings, once with quinn's own. All take turns in one run
-//! and one process.
+//! lengths, read into a buffer and thrown away; once with the plane's settings, once with quinn's own. *Disk* is the same bytes appended
+//! to a file and synced as the trainer does it, without any network: what is acknowledged when it is on the disk is no faster than that.
+//! All take turns in one run and one process.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss)]
 
@@ -318,6 +319,23 @@ async fn discard(mut recv: quinn::RecvStream, mut answer: quinn::SendStream) {
     }
 }
 
+/// Appends all messages to a file, synced as the trainer syncs.
+fn write_and_sync(file: &mut File, messages: &[Bytes]) -> Duration {
+    let begun = Instant::now();
+    let mut unsynced = 0;
+    for index in 0..FRAMES {
+        let message = &messages[usize::try_from(index).unwrap() % messages.len()];
+        file.write_all(message).unwrap();
+        unsynced += message.len();
+        if unsynced >= SYNC_BYTES {
+            file.sync_data().unwrap();
+            unsynced = 0;
+        }
+    }
+    file.sync_data().unwrap();
+    begun.elapsed()
+}
+
 fn median(mut values: Vec<f64>) -> (f64, f64, f64) {
     values.sort_by(f64::total_cmp);
     (values[0], values[values.len() / 2], values[values.len() - 1])
@@ -340,7 +358,11 @@ async fn main() {
     let (mut tuned, mut default) = (Bare::open(true).await, Bare::open(false).await);
     let cost = (bytes + 4) as f64 / tokens as f64;
     println!("{FRAMES} frames of {bytes} bytes, {cost:.2} bytes a token with their length; MB/s");
-    println!("{:>6} {:>10} {:>10} {:>14} {:>14}", "round", "rollouts", "plane", "bare, tuned", "bare, default");
+    let mut disk = tempfile_in_target();
+    println!(
+        "{:>6} {:>10} {:>10} {:>14} {:>14} {:>10}",
+        "round", "rollouts", "plane", "bare, tuned", "bare, default", "disk"
+    );
     let rate = |time: Duration| bytes as f64 * FRAMES as f64 / time.as_secs_f64() / 1e6;
     let mut rounds = Vec::new();
     for round in 0..=ROUNDS {
@@ -349,20 +371,26 @@ async fn main() {
             rate(sample(&mut talker, &frames).await),
             rate(tuned.send(&messages).await),
             rate(default.send(&messages).await),
+            rate(tokio::task::block_in_place(|| write_and_sync(&mut disk, &messages))),
         ];
         // The first round finds packet sizes and windows.
         if round > 0 {
-            let [rollouts, plane, tuned, default] = rates;
-            println!("{round:>6} {rollouts:>10.0} {plane:>10.0} {tuned:>14.0} {default:>14.0}");
+            let [rollouts, plane, tuned, default, disk] = rates;
+            println!("{round:>6} {rollouts:>10.0} {plane:>10.0} {tuned:>14.0} {default:>14.0} {disk:>10.0}");
             rounds.push(rates);
         }
     }
-    let show = |name: &str, of: fn(&[f64; 4]) -> f64, scale: f64| {
+    let show = |name: &str, of: fn(&[f64; 5]) -> f64, scale: f64| {
         let (least, middle, most) = median(rounds.iter().map(|rates| of(rates) * scale).collect());
         println!("{name}: median {middle:.2}, from {least:.2} to {most:.2}");
     };
     show("rollouts, millions of tokens a second", |rates| rates[0], tokens as f64 / bytes as f64);
     show("rollouts to bare quinn as it comes", |rates| rates[0] / rates[3], 1.0);
+    show(
+        "rollouts to the slower of bare quinn as it comes and the disk",
+        |rates| rates[0] / rates[3].min(rates[4]),
+        1.0,
+    );
     show("rollouts to bare quinn with the plane's settings", |rates| rates[0] / rates[2], 1.0);
     show("plane to bare quinn as it comes", |rates| rates[1] / rates[3], 1.0);
     show("plane to bare quinn with the plane's settings", |rates| rates[1] / rates[2], 1.0);
