@@ -10,6 +10,8 @@ use crate::capability::Capability;
 use crate::id::{Hash, NetworkId};
 use crate::key::NodeId;
 use crate::limits::MAX_ENTRY_BYTES;
+use crate::misbehaviour::Misbehaviour;
+use crate::policy::PolicyNotice;
 use crate::signed::{Received, Signable, Verified, VerifyError};
 use crate::wall::WallTime;
 
@@ -38,6 +40,10 @@ pub enum Body {
     Retire,
     /// "This is how a job that I asked for went", countersigning the executor's half.
     Receipt(Box<Receipt>),
+    /// "This is a policy that I train", in place of every notice of that name before it.
+    Policy(Box<PolicyNotice>),
+    /// "That node did this, and I hold the evidence." A statement of the author's, and no more.
+    Misbehaviour(Box<Misbehaviour>),
 }
 
 /// Serde by itself does not look through an `Arc`.
@@ -46,6 +52,9 @@ fn shared<S: serde::Serializer>(capability: &Capability, serializer: S) -> Resul
 }
 
 impl Body {
+    /// The names of all kinds, in the order of their tags.
+    pub const KINDS: [&'static str; 5] = ["capability", "retire", "receipt", "policy", "misbehaviour"];
+
     /// Returns the name by which tables and metrics call this kind.
     #[must_use]
     pub const fn kind(&self) -> &'static str {
@@ -53,6 +62,8 @@ impl Body {
             Self::Capability(_) => "capability",
             Self::Retire => "retire",
             Self::Receipt(_) => "receipt",
+            Self::Policy(_) => "policy",
+            Self::Misbehaviour(_) => "misbehaviour",
         }
     }
 }

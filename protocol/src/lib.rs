@@ -19,6 +19,7 @@
 //! | [`capability`], [`entry`] | what a node says of itself, and the chain it says it in | `spec/ledger.md` |
 //! | [`beacon`], [`job`] | election, lease, payload, outcome, receipt | `spec/beacon.md` |
 //! | [`policy`], [`rollout`] | versions of weights, and the rollouts they wrote | `spec/rollout.md` |
+//! | [`misbehaviour`] | what a node is accused of, and the evidence | `spec/ledger.md`, `spec/rollout.md` |
 //! | [`sync`], [`message`] | reconciliation, and what a frame may hold | `spec/wire.md` |
 
 pub mod beacon;
@@ -33,6 +34,7 @@ pub mod key;
 pub mod limits;
 pub mod memo;
 pub mod message;
+pub mod misbehaviour;
 pub mod policy;
 pub mod rollout;
 pub mod signed;

@@ -23,6 +23,9 @@ pub const MAX_SYNC_ENTRIES: usize = 512;
 /// Bytes of entries packed into one direct frame.
 pub const MAX_SYNC_BATCH_BYTES: usize = 512 * 1024;
 
+/// Policies of one author that stand in the ledger.
+pub const MAX_AUTHOR_POLICIES: usize = 8;
+
 /// How far in the future a record's wall time may lie before it is refused, in milliseconds.
 pub const MAX_CLOCK_SKEW_MS: u64 = 60_000;
 /// How long an entry may ask to live, in milliseconds (30 days).
@@ -42,6 +45,10 @@ pub const MAX_FRAME_ENVIRONMENTS: usize = 64;
 pub const MAX_FRAME_SWITCHES: usize = 16 * 1024;
 /// Tokens of one prompt, and tokens of one completion.
 pub const MAX_ROLLOUT_TOKENS: usize = 128 * 1024;
+/// Frames of one piece of evidence.
+pub const MAX_EVIDENCE_FRAMES: usize = 256;
+/// One piece of evidence.
+pub const MAX_EVIDENCE_BYTES: usize = 64 * 1024 * 1024;
 /// The smallest chunk that a manifest may cut its files into.
 pub const MIN_CHUNK_BYTES: usize = 1024;
 /// The largest chunk that a manifest may cut its files into.

@@ -14,7 +14,9 @@ use crate::bounded::{List, Text};
 use crate::codec;
 use crate::id::Hash;
 use crate::key::NodeId;
-use crate::limits::{MAX_CHUNK_BYTES, MAX_CHUNKS, MAX_MANIFEST_BYTES, MAX_POLICY_FILES, MIN_CHUNK_BYTES};
+use crate::limits::{
+    MAX_CHUNK_BYTES, MAX_CHUNKS, MAX_FRAME_ENVIRONMENTS, MAX_MANIFEST_BYTES, MAX_POLICY_FILES, MIN_CHUNK_BYTES,
+};
 use crate::signed::{Admitted, Signable, Verified};
 use crate::wall::WallTime;
 
@@ -94,6 +96,21 @@ impl PolicyFile {
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         !self.name.is_empty() && !self.name.starts_with('.') && self.name.chars().all(plain)
     }
+}
+
+/// What an author says in the ledger of a policy that it trains; the policy's owner is the author. The latest one stands.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize)]
+pub struct PolicyNotice {
+    /// What the author calls it; at least one byte.
+    pub name: Text<64>,
+    /// The newest version that is published. Its weights are had from whoever holds them.
+    pub version: Version,
+    /// Updates of the weights up to that version.
+    pub step: u64,
+    /// Where its tasks come from.
+    pub environments: List<Text<96>, MAX_FRAME_ENVIRONMENTS>,
+    /// Whether more versions will come.
+    pub running: bool,
 }
 
 /// The list of a version's chunks, signed by the policy's owner.

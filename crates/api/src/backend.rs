@@ -240,7 +240,7 @@ pub struct Health {
 /// Which entries of the ledger are wanted.
 #[derive(Clone, Debug, Default)]
 pub struct LedgerFilter {
-    /// Only this kind: `capability`, `retire` or `receipt`.
+    /// Only this kind: one of [`Body::KINDS`](chorus_protocol::entry::Body::KINDS).
     pub kind: Option<String>,
     /// Only of this author.
     pub author: Option<NodeId>,

@@ -6,6 +6,7 @@ use axum::Json;
 use axum::extract::{Path, Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use chorus_protocol::entry::Body;
 use chorus_protocol::{Hash, NodeId};
 use serde_json::{Value, json};
 
@@ -21,8 +22,6 @@ const DEFAULT_PAGE: usize = 1_000;
 const MAX_PAGE: usize = 10_000;
 /// Characters of a cursor.
 const MAX_CURSOR_CHARS: usize = 128;
-/// The kinds of entries that can be asked for.
-const KINDS: [&str; 3] = ["capability", "retire", "receipt"];
 
 /// `GET /v1/status`.
 pub(crate) async fn status(State(app): State<App>) -> Result<Json<Value>, Fault> {
@@ -70,8 +69,8 @@ fn filter(params: &BTreeMap<String, String>) -> Result<LedgerFilter, Fault> {
     for (name, value) in params {
         let wrong = |what: &str| Fault::field(name.clone(), "invalid_value", format!("'{name}' must be {what}"));
         match name.as_str() {
-            "kind" if KINDS.contains(&value.as_str()) => filter.kind = Some(value.clone()),
-            "kind" => return Err(wrong("one of: capability, retire, receipt")),
+            "kind" if Body::KINDS.contains(&value.as_str()) => filter.kind = Some(value.clone()),
+            "kind" => return Err(wrong(&format!("one of: {}", Body::KINDS.join(", ")))),
             "author" => filter.author = Some(node_id("author", value)?),
             "after" if value.len() <= MAX_CURSOR_CHARS => filter.after = Some(value.clone()),
             "after" => return Err(wrong("the 'next' of the page before")),

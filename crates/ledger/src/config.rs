@@ -14,6 +14,8 @@ pub struct LedgerConfig {
     pub max_bytes: usize,
     /// Receipts of one author; the newest stay. Default 4,096.
     pub max_entries_per_author: usize,
+    /// Accusations of one author; the newest stay. Default 256.
+    pub max_accusations_per_author: usize,
     /// Superseded entries of one author that are kept whole, so that a second version of one can be *proven*. Default 8.
     pub max_superseded_per_author: usize,
     /// Superseded entries of one author of which only the hash is kept, so that a second version is still *refused*. Default 32.
@@ -26,9 +28,9 @@ pub struct LedgerConfig {
     pub sync_interval: Duration,
     /// How long a reconciliation may wait for its neighbour's next message. Default 10 s.
     pub sync_timeout: Duration,
-    /// How long own capabilities live. Renew at half of it. Default 1 hour.
+    /// How long own capabilities, and own notices of policies, live. Renew at half of it. Default 1 hour.
     pub capability_life: Duration,
-    /// How long own receipts live, and so how long reputation remembers. Default 7 days.
+    /// How long own receipts and accusations live, and so how long reputation remembers. Default 7 days.
     pub receipt_life: Duration,
 }
 
@@ -38,6 +40,7 @@ impl Default for LedgerConfig {
             max_entries: 200_000,
             max_bytes: 128 << 20,
             max_entries_per_author: 4_096,
+            max_accusations_per_author: 256,
             max_superseded_per_author: 8,
             max_traces_per_author: 32,
             max_superseded_bytes: 8 << 20,
@@ -78,6 +81,7 @@ impl LedgerConfig {
             ("max_entries", self.max_entries),
             ("max_bytes", self.max_bytes),
             ("max_entries_per_author", self.max_entries_per_author),
+            ("max_accusations_per_author", self.max_accusations_per_author),
             ("max_quarantined", self.max_quarantined),
         ];
         let spans = [

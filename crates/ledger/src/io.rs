@@ -5,6 +5,7 @@ use std::sync::Arc;
 use chorus_protocol::capability::Capability;
 use chorus_protocol::entry::{Body, Entry, Equivocation};
 use chorus_protocol::message::LedgerGossip;
+use chorus_protocol::policy::PolicyId;
 use chorus_protocol::sync::SyncMessage;
 use chorus_protocol::{Hash, NodeId, Verified};
 
@@ -131,6 +132,18 @@ pub enum LedgerEvent {
         /// The entry.
         entry: Verified<Entry>,
     },
+    /// What an owner says of a policy that it trains has changed.
+    Policy {
+        /// The policy.
+        policy: PolicyId,
+        /// The entry that stands now; `None` when the owner let it expire, trains too many others since, or is a fraud.
+        stands: Option<Verified<Entry>>,
+    },
+    /// An accusation entered the set. It is its author's word, and no more.
+    Misbehaviour {
+        /// The entry.
+        entry: Verified<Entry>,
+    },
     /// A node is a proven fraud; nothing of it counts.
     Quarantined {
         /// The node.
@@ -167,6 +180,10 @@ pub struct Stats {
     pub authors: usize,
     /// Capabilities that stand.
     pub capabilities: usize,
+    /// Policies that stand.
+    pub policies: usize,
+    /// Accusations in the set.
+    pub accusations: usize,
     /// Convicted authors.
     pub quarantined: usize,
     /// Bytes of superseded entries that are kept as evidence.

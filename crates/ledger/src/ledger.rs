@@ -9,9 +9,10 @@ use chorus_protocol::capability::Capability;
 use chorus_protocol::entry::{Body, Entry, Equivocation};
 use chorus_protocol::limits::MAX_ENTRY_LIFE_MS;
 use chorus_protocol::message::LedgerGossip;
+use chorus_protocol::policy::PolicyId;
 use chorus_protocol::{Admitted, Hash, NetworkId, NodeId, Received, SecretKey, Verified, WallTime};
 
-use crate::author::{Mark, is_standing};
+use crate::author::{Mark, Topic, topic};
 use crate::config::LedgerConfig;
 use crate::delta::Delta;
 use crate::io::{LedgerEffect, LedgerEvent, LedgerInput, PersistBatch, Stats};
@@ -155,6 +156,18 @@ impl Ledger {
         self.state.authors().iter().filter_map(|(id, author)| author.capability.as_ref().map(|found| (*id, found)))
     }
 
+    /// Returns the entry by which an owner says what became of a policy last.
+    #[must_use]
+    pub fn policy(&self, policy: &PolicyId) -> Option<&Verified<Entry>> {
+        let author = self.state.author(&policy.owner)?;
+        author.standing(&Topic::Policy(policy.name.clone())).map(|entry| &**entry)
+    }
+
+    /// Returns the entries by which owners say what became of their policies last, by owner and then by name.
+    pub fn policies(&self) -> impl Iterator<Item = &Verified<Entry>> {
+        self.state.authors().values().flat_map(|author| author.standing_policies()).map(|entry| &**entry)
+    }
+
     /// Returns number and hash of a node's latest entry in the set.
     #[must_use]
     pub fn head(&self, node: &NodeId) -> Option<(u64, Hash)> {
@@ -190,11 +203,14 @@ impl Ledger {
     /// Returns figures for metrics.
     #[must_use]
     pub fn stats(&self) -> Stats {
+        let (policies, accusations) = self.state.policy_and_accusation_count();
         Stats {
             entries: self.len(),
             bytes: self.state.bytes(),
             authors: self.state.authors().len(),
             capabilities: self.state.capability_count(),
+            policies,
+            accusations,
             quarantined: self.state.convictions().len(),
             superseded_bytes: self.state.past_bytes(),
             pending_appends: self.own.pending.len(),
@@ -332,14 +348,13 @@ impl Ledger {
         Ok(entry)
     }
 
-    /// A capability or retirement outlives what it supersedes, also what still waits for the disk, so that nobody can bring the
+    /// A capability, retirement or policy outlives what it supersedes, also what still waits for the disk, so that nobody can bring the
     /// old one back.
     fn expiry_of(&self, body: &Body, wall: WallTime) -> WallTime {
-        if !is_standing(body) {
-            return wall.plus(self.cfg.receipt_life);
-        }
-        let floor = self.state.author(&self.me).and_then(|author| author.floor).map(|floor| floor.until);
-        let waiting = self.own.pending.values().filter(|pending| is_standing(&pending.entry.body));
+        let Some(on) = topic(body) else { return wall.plus(self.cfg.receipt_life) };
+        let floor = self.state.author(&self.me).and_then(|author| author.floor_until(&on));
+        let replaces = |pending: &&Pending| topic(&pending.entry.body).as_ref() == Some(&on);
+        let waiting = self.own.pending.values().filter(replaces);
         let superseded = waiting.map(|pending| pending.entry.expires).chain(floor).max().unwrap_or_default();
         let longest = wall.plus(Duration::from_millis(MAX_ENTRY_LIFE_MS));
         wall.plus(self.cfg.capability_life).max(superseded).min(longest)

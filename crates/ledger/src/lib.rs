@@ -11,14 +11,14 @@
 //!              Sync (pull) ─▶ verify ─▶ rules ─▶   ┌───────┐ ◀── Persisted: only now merged,
 //!                                                  │ State │     Published and Appended
 //!        Judged, Penalise ◀── refusals             └───────┘
-//!                                                   │ │ └──▶ Event: capability, receipt, quarantine
+//!                                                   │ │ └──▶ Event: capability, policy, receipt, accusation, quarantine
 //!                            Persist (puts, deletes)◀ └────▶ Send: reconciliation
 //! ```
 //!
 //! 1. *Push.* A new entry is gossiped. Each node checks it once and judges it for the gossip layer.
 //! 2. *Pull.* Every few seconds, and when a neighbour appears, two nodes reconcile their sets by ranges (Negentropy), so that
 //!    whoever was away catches up with bytes in proportion to what was missed. Equal sets cost one small round trip.
-//! 3. *The latest capability wins.* What it supersedes leaves the set at once; its bytes, and later only its hash, are kept for a
+//! 3. *The latest capability wins*, and of each policy the latest notice. What it supersedes leaves the set at once; its bytes, and later only its hash, are kept for a
 //!    while, so that an author who writes a second version of it is still found out.
 //! 4. *Leases.* Every entry expires, at most 30 days after it was written.
 //! 5. *Two entries where one belongs* prove themselves a fraud. The pair is gossiped and kept, the author's entries leave the
@@ -48,6 +48,7 @@ mod sync;
 #[cfg(test)]
 mod tests;
 
+pub use author::{Topic, topic};
 pub use config::{ConfigError, LedgerConfig};
 pub use delta::{EntryKey, MarkUpdate};
 pub use io::{LedgerEffect, LedgerEvent, LedgerInput, PersistBatch, Stats};

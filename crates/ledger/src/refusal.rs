@@ -65,11 +65,23 @@ pub enum Refusal {
     /// A failure that the requester calls accepted.
     #[error("a receipt accepts a result that its executor reports as failed")]
     AcceptedFailure,
+    /// A policy is called by its name.
+    #[error("a policy has no name; give it one")]
+    Nameless,
+    /// Nobody accuses himself.
+    #[error("an author accuses itself")]
+    AccusesItself,
+    /// There is no evidence, or more than anybody would fetch.
+    #[error("an accusation's evidence has {bytes} bytes, which is not between 1 byte and 64 MiB")]
+    EvidenceSize {
+        /// Its size.
+        bytes: u64,
+    },
     /// Already here.
     #[error("the entry is already known")]
     Known,
-    /// A later capability of the same author stands.
-    #[error("a later capability or retirement of its author stands")]
+    /// A later entry of the same author stands in its place.
+    #[error("a later entry of its author stands in its place")]
     Superseded,
     /// Its author is a proven fraud.
     #[error("{0:?} wrote two entries where one belongs, and is quarantined")]
@@ -80,8 +92,8 @@ pub enum Refusal {
     /// It contradicts an entry of which only the hash is left, so that nothing can be proven.
     #[error("the entry contradicts one of {0:?} that was compacted away")]
     ContradictsTrace(NodeId),
-    /// Older than every receipt that is kept of its author.
-    #[error("the author has more receipts than are kept, and this one is older than those")]
+    /// Older than every receipt, or accusation, that is kept of its author.
+    #[error("the author has more entries of this kind than are kept, and this one is older than those")]
     AuthorQuota,
     /// The set is at its bound.
     #[error("the ledger is full; raise ledger.max_entries or ledger.max_bytes")]
@@ -99,7 +111,10 @@ impl Refusal {
             | Self::Life { .. }
             | Self::Work(_)
             | Self::NotRequester { .. }
-            | Self::AcceptedFailure => true,
+            | Self::AcceptedFailure
+            | Self::Nameless
+            | Self::AccusesItself
+            | Self::EvidenceSize { .. } => true,
             // It may well be this node's clock that is wrong, and then every neighbour would look guilty.
             Self::FutureDated { .. }
             | Self::Expired(_)

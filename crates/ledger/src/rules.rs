@@ -1,11 +1,14 @@
 //! What can be said of an entry without knowing any other: clock, life, and the inner half of a receipt.
 
-use chorus_protocol::beacon::{Verdict, Work};
+use chorus_protocol::beacon::{Receipt, Verdict, Work};
 use chorus_protocol::entry::{Body, Entry};
-use chorus_protocol::limits::{MAX_CLOCK_SKEW_MS, MAX_ENTRY_LIFE_MS};
-use chorus_protocol::{NetworkId, Verified, WallTime};
+use chorus_protocol::limits::{MAX_CLOCK_SKEW_MS, MAX_ENTRY_LIFE_MS, MAX_EVIDENCE_BYTES};
+use chorus_protocol::{NetworkId, NodeId, Verified, WallTime};
 
 use crate::refusal::Refusal;
+
+/// The most bytes that evidence may have.
+const MAX_EVIDENCE: u64 = MAX_EVIDENCE_BYTES as u64;
 
 /// Checks number, date and life. Cheap: no signature is looked at.
 pub(crate) fn check_dates(entry: &Entry, wall: WallTime) -> Result<(), Refusal> {
@@ -28,10 +31,23 @@ pub(crate) fn check_dates(entry: &Entry, wall: WallTime) -> Result<(), Refusal> 
 
 /// Checks what an entry says. A receipt's inner signature is verified here, so this costs as much as the envelope did.
 pub(crate) fn check_body(entry: &Verified<Entry>, network: &NetworkId) -> Result<(), Refusal> {
-    let Body::Receipt(receipt) = &entry.body else { return Ok(()) };
+    match &entry.body {
+        Body::Capability(_) | Body::Retire => Ok(()),
+        Body::Receipt(receipt) => check_receipt(entry.author(), receipt, network),
+        Body::Policy(notice) if notice.name.is_empty() => Err(Refusal::Nameless),
+        Body::Policy(_) => Ok(()),
+        Body::Misbehaviour(accusation) if accusation.accused == entry.author() => Err(Refusal::AccusesItself),
+        Body::Misbehaviour(accusation) => match accusation.evidence_bytes {
+            1..=MAX_EVIDENCE => Ok(()),
+            bytes => Err(Refusal::EvidenceSize { bytes }),
+        },
+    }
+}
+
+fn check_receipt(author: NodeId, receipt: &Receipt, network: &NetworkId) -> Result<(), Refusal> {
     let work = receipt.work.clone().verify(network).map_err(Refusal::Work)?;
-    if work.requester != entry.author() {
-        return Err(Refusal::NotRequester { author: entry.author(), requester: work.requester });
+    if work.requester != author {
+        return Err(Refusal::NotRequester { author, requester: work.requester });
     }
     if receipt.verdict == Verdict::Accepted && work.failure.is_some() {
         return Err(Refusal::AcceptedFailure);
@@ -45,6 +61,6 @@ pub(crate) fn check_body(entry: &Verified<Entry>, network: &NetworkId) -> Result
 pub fn receipt_work(entry: &Verified<Entry>, network: &NetworkId) -> Option<Verified<Work>> {
     match &entry.body {
         Body::Receipt(receipt) => receipt.work.clone().trust_own_disk(network).ok(),
-        Body::Capability(_) | Body::Retire => None,
+        Body::Capability(_) | Body::Retire | Body::Policy(_) | Body::Misbehaviour(_) => None,
     }
 }

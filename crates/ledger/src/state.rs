@@ -2,10 +2,11 @@
 //!
 //! Why the order of arrival does not matter:
 //!
-//! - the highest number among an author's capabilities and retirements stands, and every lower one is superseded;
+//! - the highest number among an author's capabilities and retirements stands, and every lower one is superseded; the same goes
+//!   for its policies, name by name, and of too many names those with the highest numbers stay;
 //! - superseded entries stay known until they expire, so a contradiction is found whichever of the two came first;
 //! - a conviction absorbs: nothing of its author counts before or after;
-//! - of an author's receipts the highest numbers stay, which is the same choice in any order.
+//! - of an author's receipts, and of its accusations, the highest numbers stay, which is the same choice in any order.
 //!
 //! The bounds on the whole set and on what is kept of superseded entries are the exceptions: at a bound, who came first matters.
 
@@ -14,9 +15,10 @@ use std::sync::Arc;
 
 use chorus_protocol::capability::Capability;
 use chorus_protocol::entry::{Body, Entry, Equivocation};
+use chorus_protocol::policy::PolicyId;
 use chorus_protocol::{Admitted, Hash, NetworkId, NodeId, Verified, WallTime};
 
-use crate::author::{Author, Clash, Floor, Mark, Past, is_standing};
+use crate::author::{Author, Clash, Mark, Past, Topic, topic};
 use crate::config::LedgerConfig;
 use crate::delta::Delta;
 use crate::expiry::Expiry;
@@ -24,7 +26,7 @@ use crate::io::LedgerEvent;
 use crate::item_set::ItemSet;
 use crate::refusal::Refusal;
 
-/// In the expiry index, the number that stands for an author's floor. No entry has it.
+/// In the expiry index, the number that stands for an author's floors. No entry has it.
 const FLOOR: u64 = 0;
 
 /// What an item of the set stands for.
@@ -51,6 +53,8 @@ pub(crate) struct State {
     bytes: usize,
     past_bytes: usize,
     capabilities: usize,
+    policies: usize,
+    accusations: usize,
 }
 
 /// Returns the item that stands for a convicted author, whichever proof a node holds.
@@ -71,6 +75,8 @@ impl State {
             bytes: 0,
             past_bytes: 0,
             capabilities: 0,
+            policies: 0,
+            accusations: 0,
         }
     }
 
@@ -97,6 +103,11 @@ impl State {
 
     pub(crate) fn capability_count(&self) -> usize {
         self.capabilities
+    }
+
+    /// Returns the numbers of policies that stand and of accusations in the set.
+    pub(crate) fn policy_and_accusation_count(&self) -> (usize, usize) {
+        (self.policies, self.accusations)
     }
 
     pub(crate) fn is_full(&self) -> bool {
@@ -146,13 +157,13 @@ impl State {
 
     /// Takes what the disk remembers of an author; before its entries.
     pub(crate) fn restore_mark(&mut self, id: NodeId, mark: &Mark) {
-        if mark.floor_seq == 0 && mark.traces.is_empty() {
+        if mark.floor_seq == 0 && mark.traces.is_empty() && mark.policies.seqs.is_empty() {
             return;
         }
         let author = self.authors.entry(id).or_default();
         author.restore(mark);
-        if let Some(floor) = author.floor {
-            self.expiry.insert((floor.until, id, FLOOR));
+        for until in author.floor_ends() {
+            self.expiry.insert((until, id, FLOOR));
         }
         for (seq, past) in &author.past {
             self.expiry.insert((past.expires, id, *seq));
@@ -170,10 +181,10 @@ impl State {
             Err(Refusal::Known)
         } else if let Some(clash) = author.clash(&entry) {
             Err(self.on_clash(&entry, clash, delta))
-        } else if is_standing(&entry.body) {
-            self.merge_standing(&entry, delta)
+        } else if let Some(topic) = topic(&entry.body) {
+            self.merge_standing(&entry, &topic, delta)
         } else {
-            self.merge_receipt(&entry, delta)
+            self.merge_lasting(&entry, delta)
         };
         self.forget_if_empty(&id);
         merged
@@ -193,39 +204,71 @@ impl State {
         }
     }
 
-    fn merge_standing(&mut self, entry: &Admitted<Entry>, delta: &mut Delta) -> Result<(), Refusal> {
+    fn merge_standing(&mut self, entry: &Admitted<Entry>, on: &Topic, delta: &mut Delta) -> Result<(), Refusal> {
         let id = entry.author();
-        let floor = self.authors.get(&id).and_then(|author| author.floor);
-        if floor.is_some_and(|floor| entry.seq < floor.seq) {
-            self.raise_floor(id, entry, delta);
+        let author = self.authors.entry(id).or_default();
+        let crowded_out = author.crowded_out_by(on);
+        let lowest = author.floor_seq(on).or(crowded_out.as_ref().map(|(_, seq)| *seq));
+        if lowest.is_some_and(|seq| entry.seq < seq) {
+            self.raise_floor(id, on, entry, delta);
             self.retain(entry, delta);
             return Err(Refusal::Superseded);
         }
-        let superseded = self.authors.get(&id).and_then(Author::standing).map(|old| (**old).clone());
-        if superseded.is_none() && self.is_full() {
+        let gone = crowded_out.map(|(name, _)| name);
+        let instead_of = gone.clone().map_or_else(|| on.clone(), Topic::Policy);
+        let old = author.standing(&instead_of).map(|old| (**old).clone());
+        if old.is_none() && self.is_full() {
             return Err(Refusal::Full);
         }
-        if let Some(old) = superseded {
+        if let Some(old) = old {
             self.remove_live(id, old.seq, delta);
             self.retain(&old, delta);
+            if let Some(name) = &gone {
+                delta
+                    .events
+                    .push(LedgerEvent::Policy { policy: PolicyId { owner: id, name: name.clone() }, stands: None });
+            }
         }
-        self.raise_floor(id, entry, delta);
+        if let Some(author) = self.authors.get_mut(&id)
+            && let Some(name) = gone
+        {
+            author.policies.seqs.remove(&name);
+        }
+        self.raise_floor(id, on, entry, delta);
         self.insert_live(entry, delta);
-        let capability = match &entry.body {
-            Body::Capability(capability) => Some(Arc::clone(capability)),
-            Body::Retire | Body::Receipt(_) => None,
-        };
-        self.set_capability(id, capability, delta);
+        self.tell_standing(entry, delta);
         Ok(())
     }
 
-    fn merge_receipt(&mut self, entry: &Admitted<Entry>, delta: &mut Delta) -> Result<(), Refusal> {
+    /// Tells what stands now on an entry's topic.
+    fn tell_standing(&mut self, entry: &Admitted<Entry>, delta: &mut Delta) {
         let id = entry.author();
-        let over = self
-            .authors
-            .get(&id)
-            .filter(|author| author.receipts() >= self.cfg.max_entries_per_author)
-            .and_then(Author::oldest_receipt);
+        match &entry.body {
+            Body::Capability(capability) => self.set_capability(id, Some(Arc::clone(capability)), delta),
+            Body::Retire => self.set_capability(id, None, delta),
+            Body::Policy(notice) => {
+                let policy = PolicyId { owner: id, name: notice.name.clone() };
+                delta.events.push(LedgerEvent::Policy { policy, stands: Some((**entry).clone()) });
+            }
+            Body::Receipt(_) | Body::Misbehaviour(_) => {}
+        }
+    }
+
+    /// Merges what replaces nothing: receipts and accusations, each up to its own number for each author.
+    fn merge_lasting(&mut self, entry: &Admitted<Entry>, delta: &mut Delta) -> Result<(), Refusal> {
+        let id = entry.author();
+        let author = self.authors.entry(id).or_default();
+        let accuses = matches!(entry.body, Body::Misbehaviour(_));
+        let over = if accuses {
+            author
+                .accusations
+                .first()
+                .copied()
+                .filter(|_| author.accusations.len() >= self.cfg.max_accusations_per_author)
+        } else {
+            let full = author.receipts() >= self.cfg.max_entries_per_author;
+            if full { author.oldest_receipt() } else { None }
+        };
         match over {
             Some(oldest) if entry.seq < oldest => return Err(Refusal::AuthorQuota),
             Some(oldest) => {
@@ -236,7 +279,8 @@ impl State {
             None => {}
         }
         self.insert_live(entry, delta);
-        delta.events.push(LedgerEvent::Receipt { entry: (**entry).clone() });
+        let entry = (**entry).clone();
+        delta.events.push(if accuses { LedgerEvent::Misbehaviour { entry } } else { LedgerEvent::Receipt { entry } });
         Ok(())
     }
 
@@ -246,37 +290,48 @@ impl State {
         self.index.insert(entry.hash(), Slot::Entry(id, entry.seq));
         self.expiry.insert((entry.expires, id, entry.seq));
         self.bytes += entry.encoded_len();
+        self.policies += usize::from(matches!(entry.body, Body::Policy(_)));
         delta.put(entry);
-        self.authors.entry(id).or_default().live.insert(entry.seq, entry.clone());
+        let author = self.authors.entry(id).or_default();
+        if matches!(entry.body, Body::Misbehaviour(_)) {
+            author.accusations.insert(entry.seq);
+            self.accusations += 1;
+        }
+        author.live.insert(entry.seq, entry.clone());
     }
 
     /// Takes an entry out of the set. Whether it leaves the disk too is the caller's to say.
     fn remove_live(&mut self, id: NodeId, seq: u64, delta: &mut Delta) {
         let Some(author) = self.authors.get_mut(&id) else { return };
-        let stood = author.floor.is_some_and(|floor| floor.seq == seq);
         let Some(entry) = author.live.remove(&seq) else { return };
-        self.items.remove(entry.wall_time.as_millis(), &entry.hash());
-        self.index.remove(&entry.hash());
-        self.expiry.remove(&(entry.expires, id, seq));
-        self.bytes -= entry.encoded_len();
-        if stood {
+        author.accusations.remove(&seq);
+        self.unlist(&entry);
+        // What the entry said of its author's floors, the mark has to say from now on.
+        if topic(&entry.body).is_some() {
             delta.marks.insert(id);
         }
     }
 
-    /// Moves the floor up to `entry`, and on in time so that it outlives whatever it keeps out.
-    fn raise_floor(&mut self, id: NodeId, entry: &Verified<Entry>, delta: &mut Delta) {
+    /// Takes what left the set out of everything that counts it.
+    fn unlist(&mut self, entry: &Verified<Entry>) {
+        self.items.remove(entry.wall_time.as_millis(), &entry.hash());
+        self.index.remove(&entry.hash());
+        self.expiry.remove(&(entry.expires, entry.author(), entry.seq));
+        self.bytes -= entry.encoded_len();
+        self.policies -= usize::from(matches!(entry.body, Body::Policy(_)));
+        self.accusations -= usize::from(matches!(entry.body, Body::Misbehaviour(_)));
+    }
+
+    /// Moves a topic's floor up to `entry`, see [`Author::raise_floor`].
+    fn raise_floor(&mut self, id: NodeId, on: &Topic, entry: &Verified<Entry>, delta: &mut Delta) {
         let author = self.authors.entry(id).or_default();
-        let old = author.floor;
-        let new = Floor {
-            seq: old.map_or(entry.seq, |old| old.seq.max(entry.seq)),
-            until: old.map_or(entry.expires, |old| old.until.max(entry.expires)),
-        };
-        author.floor = Some(new);
-        if let Some(old) = old {
-            self.expiry.remove(&(old.until, id, FLOOR));
+        for until in author.floor_ends() {
+            self.expiry.remove(&(until, id, FLOOR));
         }
-        self.expiry.insert((new.until, id, FLOOR));
+        author.raise_floor(on, entry.seq, entry.expires);
+        for until in author.floor_ends() {
+            self.expiry.insert((until, id, FLOOR));
+        }
         delta.marks.insert(id);
     }
 
@@ -334,10 +389,8 @@ impl State {
         self.set_capability(id, None, delta);
         let author = self.authors.remove(&id).unwrap_or_default();
         for (seq, entry) in &author.live {
-            self.items.remove(entry.wall_time.as_millis(), &entry.hash());
-            self.index.remove(&entry.hash());
-            self.expiry.remove(&(entry.expires, id, *seq));
-            self.bytes -= entry.encoded_len();
+            self.unlist(entry);
+            self.tell_gone(entry, delta);
             delta.delete((id, *seq));
         }
         for (seq, past) in &author.past {
@@ -345,8 +398,8 @@ impl State {
             self.expiry.remove(&(past.expires, id, *seq));
             delta.delete((id, *seq));
         }
-        if let Some(floor) = author.floor {
-            self.expiry.remove(&(floor.until, id, FLOOR));
+        for until in author.floor_ends() {
+            self.expiry.remove(&(until, id, FLOOR));
         }
         delta.marks.insert(id);
         let item = conviction_item(&id);
@@ -372,10 +425,10 @@ impl State {
 
     /// Lets go of everything that expired by `wall`.
     pub(crate) fn expire(&mut self, wall: WallTime, delta: &mut Delta) {
-        while let Some((_, id, seq)) = self.expiry.pop(wall) {
+        while let Some((at, id, seq)) = self.expiry.pop(wall) {
             if seq == FLOOR {
                 if let Some(author) = self.authors.get_mut(&id) {
-                    author.floor = None;
+                    author.end_floors(at);
                     delta.marks.insert(id);
                 }
             } else {
@@ -391,11 +444,24 @@ impl State {
             self.past_bytes -= past.bytes();
             delta.marks.insert(id);
         }
-        if author.live.get(&seq).is_some_and(|entry| is_standing(&entry.body)) {
-            self.set_capability(id, None, delta);
+        if let Some(entry) = author.live.get(&seq).cloned() {
+            self.tell_gone(&entry, delta);
         }
         self.remove_live(id, seq, delta);
         delta.delete((id, seq));
+    }
+
+    /// Tells that nothing stands any more where this entry stood.
+    fn tell_gone(&mut self, entry: &Verified<Entry>, delta: &mut Delta) {
+        let id = entry.author();
+        match &entry.body {
+            Body::Capability(_) | Body::Retire => self.set_capability(id, None, delta),
+            Body::Policy(notice) => {
+                let policy = PolicyId { owner: id, name: notice.name.clone() };
+                delta.events.push(LedgerEvent::Policy { policy, stands: None });
+            }
+            Body::Receipt(_) | Body::Misbehaviour(_) => {}
+        }
     }
 
     fn forget_if_empty(&mut self, id: &NodeId) {

@@ -16,6 +16,8 @@ use chorus_protocol::capability::Capability;
 use chorus_protocol::entry::{Body, Entry, Equivocation};
 use chorus_protocol::job::JobKind;
 use chorus_protocol::message::{Direct, Frame, LedgerGossip};
+use chorus_protocol::misbehaviour::{Charge, Misbehaviour};
+use chorus_protocol::policy::{PolicyId, PolicyNotice, Version};
 use chorus_protocol::sync::SyncMessage;
 use chorus_protocol::{Hash, JobId, List, NetworkId, NodeId, SecretKey, Text, Verified, WallTime};
 
@@ -83,6 +85,33 @@ fn work(requester: NodeId, n: u64) -> Work {
 fn receipt(requester: u8, executor: u8, n: u64) -> Body {
     let work = Verified::sign(&key(executor), &network(), work(id(requester), n)).unwrap().to_wire();
     Body::Receipt(Box::new(Receipt { work, verdict: Verdict::Accepted, observed_ms: 1_000 }))
+}
+
+/// A notice of a policy at a step.
+fn policy(name: &str, step: u64) -> Body {
+    Body::Policy(Box::new(PolicyNotice {
+        name: Text::truncated(name),
+        version: Version::from_hash(Hash::derive("t", &[&step.to_le_bytes()])),
+        step,
+        environments: List::truncated([Text::truncated("arithmetic-2")]),
+        running: true,
+    }))
+}
+
+fn policy_id(owner: u8, name: &str) -> PolicyId {
+    PolicyId { owner: id(owner), name: Text::truncated(name) }
+}
+
+/// Accusation `n` of a node, by `author`.
+fn accusation(author: u8, accused: u8, n: u64) -> Body {
+    Body::Misbehaviour(Box::new(Misbehaviour {
+        accused: id(accused),
+        policy: policy_id(author, "adder"),
+        version: Version::default(),
+        charge: Charge::WrongReward,
+        evidence: Hash::derive("t", &[&n.to_le_bytes()]),
+        evidence_bytes: 1_000,
+    }))
 }
 
 fn entry(author: u8, seq: u64, prev: Hash, expires: u64, body: Body) -> Verified<Entry> {
@@ -378,6 +407,7 @@ fn snapshot(ledger: &Ledger) -> impl PartialEq + std::fmt::Debug + use<> {
         ledger.digest(),
         ledger.entries().map(Verified::hash).collect::<Vec<_>>(),
         ledger.capabilities().map(|(id, capability)| (id, (**capability).clone())).collect::<Vec<_>>(),
+        ledger.policies().map(Verified::hash).collect::<Vec<_>>(),
         ledger.quarantined().collect::<Vec<_>>(),
     )
 }

@@ -19,10 +19,10 @@ use std::time::Duration;
 
 use chorus_beacon::hedge_id;
 use chorus_core::{RunId, TaskEvent, TaskEventKind};
-use chorus_ledger::Ledger;
+use chorus_ledger::{Ledger, Topic, topic};
 use chorus_machine::Time;
 use chorus_protocol::beacon::{Lease, Verdict, Work};
-use chorus_protocol::entry::{Body, Entry};
+use chorus_protocol::entry::Entry;
 use chorus_protocol::{Hash, JobId, NodeId, TaskId, Verified, WallTime};
 
 use crate::queue::HostId;
@@ -88,12 +88,12 @@ struct Task {
 }
 
 /// An own entry that its author published.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Published {
     hash: Hash,
     expires: WallTime,
-    /// A capability or a retirement, which the next one supersedes.
-    standing: bool,
+    /// The next one on this topic supersedes it.
+    topic: Option<Topic>,
 }
 
 /// Watches one world.
@@ -287,15 +287,15 @@ impl Monitor {
             let seen = format!("entry {} was published before it was on disk", entry.seq);
             self.broken(Invariant::NothingAcknowledgedIsLost, now, host, seen);
         }
-        let standing = matches!(entry.body, Body::Capability(_) | Body::Retire);
+        let topic = topic(&entry.body);
         let own = self.published.entry(host).or_default();
-        if standing {
-            if own.iter().any(|(seq, old)| old.standing && *seq > entry.seq) {
+        if topic.is_some() {
+            if own.iter().any(|(seq, old)| old.topic == topic && *seq > entry.seq) {
                 return;
             }
-            own.retain(|_, old| !old.standing);
+            own.retain(|_, old| old.topic != topic);
         }
-        own.insert(entry.seq, Published { hash: entry.hash(), expires: entry.expires, standing });
+        own.insert(entry.seq, Published { hash: entry.hash(), expires: entry.expires, topic });
     }
 
     /// Looks whether a ledger holds all that an author published.

@@ -11,6 +11,7 @@ use chorus_protocol::capability::{DeviceKind, Rate};
 use chorus_protocol::entry::Entry;
 use chorus_protocol::job::{Failure, Finish, JobKind, Risk, Role};
 use chorus_protocol::message::{BeaconGossip, Direct, Frame, LedgerGossip};
+use chorus_protocol::misbehaviour::Charge;
 use chorus_protocol::sync::SyncMessage;
 use chorus_protocol::{Hash, List, NodeId, Received, Signable, Text, Verified, WIRE_VERSION, WallTime, codec};
 use serde::Serialize;
@@ -112,6 +113,8 @@ fn entries() {
             ("capability", samples::EXECUTOR, samples::capability_entry()),
             ("retire", samples::EXECUTOR, samples::retire_entry()),
             ("receipt", samples::REQUESTER, samples::receipt_entry()),
+            ("policy", samples::REQUESTER, samples::policy_entry()),
+            ("misbehaviour", samples::REQUESTER, samples::misbehaviour_entry()),
         ],
     );
 }
@@ -290,6 +293,7 @@ fn tags() {
         one(vec![Finish::Stop, Finish::Length]),
         one(vec![DeviceKind::Cpu, DeviceKind::Cuda, DeviceKind::Metal, DeviceKind::Remote]),
         one(vec![Verdict::Accepted, Verdict::Failed, Verdict::Superseded, Verdict::Invalid]),
+        one(vec![Charge::WrongReward, Charge::WrongPrompt, Charge::WrongVersion, Charge::Edited, Charge::Copied]),
         one(vec![
             Failure::Busy,
             Failure::NoSuchModel,

@@ -6,7 +6,8 @@ use chorus_protocol::embedding::DIMENSIONS;
 use chorus_protocol::entry::{Body, Entry, Equivocation};
 use chorus_protocol::job::{Failure, Finish, JobKind, Output, Payload, Requirement, Risk, Role, Turn};
 use chorus_protocol::message::{BeaconGossip, Direct, LedgerGossip};
-use chorus_protocol::policy::PolicyId;
+use chorus_protocol::misbehaviour::{Charge, Misbehaviour};
+use chorus_protocol::policy::{PolicyId, PolicyNotice, Version};
 use chorus_protocol::sync::SyncMessage;
 use chorus_protocol::{
     BeaconId, Embedding, Hash, JobId, List, NetworkId, SecretKey, Signable, Text, Verified, WallTime,
@@ -107,6 +108,31 @@ pub fn receipt_entry() -> Verified<Entry> {
     let receipt = Receipt { work: work().to_wire(), verdict: Verdict::Accepted, observed_ms: 2_345 };
     let body = Body::Receipt(Box::new(receipt));
     sign(REQUESTER, Entry { seq: 1, prev: Hash::ZERO, wall_time: wall(3_000), expires: wall(86_400_000), body })
+}
+
+pub fn policy_entry() -> Verified<Entry> {
+    let notice = PolicyNotice {
+        name: text("adder"),
+        version: Version::from_hash(Hash::from_bytes([0x71; 32])),
+        step: 300,
+        environments: List::new(vec![text("arithmetic-2"), text("knights-3")]).unwrap(),
+        running: true,
+    };
+    let (prev, body) = (receipt_entry().hash(), Body::Policy(Box::new(notice)));
+    sign(REQUESTER, Entry { seq: 2, prev, wall_time: wall(4_000), expires: wall(3_604_000), body })
+}
+
+pub fn misbehaviour_entry() -> Verified<Entry> {
+    let accusation = Misbehaviour {
+        accused: key(EXECUTOR).node_id(),
+        policy: PolicyId { owner: key(REQUESTER).node_id(), name: text("adder") },
+        version: Version::from_hash(Hash::from_bytes([0x71; 32])),
+        charge: Charge::WrongReward,
+        evidence: Hash::from_bytes([0xee; 32]),
+        evidence_bytes: 70_000,
+    };
+    let (prev, body) = (policy_entry().hash(), Body::Misbehaviour(Box::new(accusation)));
+    sign(REQUESTER, Entry { seq: 3, prev, wall_time: wall(5_000), expires: wall(86_400_000), body })
 }
 
 pub fn equivocation() -> Equivocation {

@@ -6,7 +6,8 @@ use chorus_protocol::embedding::DIMENSIONS;
 use chorus_protocol::entry::{Body, Entry, Equivocation};
 use chorus_protocol::job::{Failure, Finish, JobKind, Output, Payload, Requirement, Risk, Role, Turn};
 use chorus_protocol::message::{BeaconGossip, Direct, LedgerGossip};
-use chorus_protocol::policy::PolicyId;
+use chorus_protocol::misbehaviour::{Charge, Misbehaviour};
+use chorus_protocol::policy::{PolicyId, PolicyNotice, Version};
 use chorus_protocol::sync::SyncMessage;
 use chorus_protocol::{
     BeaconId, Embedding, Hash, JobId, List, NetworkId, NodeId, Received, SecretKey, Signable, Text, Verified, WallTime,
@@ -281,11 +282,44 @@ pub fn receipt() -> BoxedStrategy<Receipt> {
         .boxed()
 }
 
+pub fn version() -> impl Strategy<Value = Version> {
+    hash().prop_map(Version::from_hash)
+}
+
+pub fn policy_notice() -> BoxedStrategy<PolicyNotice> {
+    (text(), version(), int(), list(text(), 4), any::<bool>())
+        .prop_map(|(name, version, step, environments, running)| PolicyNotice {
+            name,
+            version,
+            step,
+            environments,
+            running,
+        })
+        .boxed()
+}
+
+pub fn misbehaviour() -> BoxedStrategy<Misbehaviour> {
+    use Charge::{Copied, Edited, WrongPrompt, WrongReward, WrongVersion};
+    let charge = prop::sample::select(vec![WrongReward, WrongPrompt, WrongVersion, Edited, Copied]);
+    (node(), (node(), text()), version(), charge, hash(), int())
+        .prop_map(|(accused, (owner, name), version, charge, evidence, evidence_bytes)| Misbehaviour {
+            accused,
+            policy: PolicyId { owner, name },
+            version,
+            charge,
+            evidence,
+            evidence_bytes,
+        })
+        .boxed()
+}
+
 pub fn body() -> BoxedStrategy<Body> {
     prop_oneof![
         capability().prop_map(|capability| Body::Capability(std::sync::Arc::new(capability))),
         Just(Body::Retire),
         receipt().prop_map(|receipt| Body::Receipt(Box::new(receipt))),
+        policy_notice().prop_map(|notice| Body::Policy(Box::new(notice))),
+        misbehaviour().prop_map(|accusation| Body::Misbehaviour(Box::new(accusation))),
     ]
     .boxed()
 }

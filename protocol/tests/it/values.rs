@@ -186,5 +186,12 @@ fn what_is_shown_never_holds_the_salt_or_raw_vectors() {
     assert!(payload.get("salt").is_none() && payload.get("turns").is_some());
     let entry = serde_json::to_value(&*samples::capability_entry()).unwrap();
     assert!(entry["body"]["capability"]["skills"][0].get("embedding").is_none());
-    assert_eq!(Body::Retire.kind(), "retire");
+    let all = [
+        samples::capability_entry(),
+        samples::retire_entry(),
+        samples::receipt_entry(),
+        samples::policy_entry(),
+        samples::misbehaviour_entry(),
+    ];
+    assert_eq!(all.map(|entry| entry.body.kind()), Body::KINDS);
 }

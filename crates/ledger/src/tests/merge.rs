@@ -8,10 +8,10 @@ use crate::delta::Delta;
 use crate::refusal::Refusal;
 use crate::state::State;
 
-/// Three authors; for each a chain of at most eight entries, each with its kind and hours to live, and the numbers of which a
-/// second version exists.
+/// Three authors; for each a chain of at most twenty entries, each with its kind and hours to live, and the numbers of which a
+/// second version exists. An author may train more policies than are kept.
 fn universe() -> impl Strategy<Value = Vec<Verified<Entry>>> {
-    let chain = proptest::collection::vec((0u8..4, 1u64..6), 1..8);
+    let chain = proptest::collection::vec((0u8..20, 1u64..6), 1..20);
     let forks = proptest::collection::vec(0usize..60, 0..2);
     proptest::collection::vec((chain, forks), 3).prop_map(|authors| {
         let mut all = Vec::new();
@@ -20,8 +20,10 @@ fn universe() -> impl Strategy<Value = Vec<Verified<Entry>>> {
             for (n, (kind, hours)) in chain.iter().enumerate() {
                 let body = || match kind {
                     0 => Body::Retire,
-                    1 | 2 => capability(&format!("node {author} entry {n}"), 0),
-                    _ => receipt(author, 9, n as u64),
+                    1..=3 => capability(&format!("node {author} entry {n}"), 0),
+                    4..=6 => receipt(author, 9, n as u64),
+                    7..=8 => accusation(author, 9, n as u64),
+                    name => policy(&format!("policy {name}"), n as u64),
                 };
                 let seq = n as u64 + 1;
                 let canonical = entry(author, seq, prev, START + hours * HOUR, body());
@@ -68,11 +70,14 @@ fn view(state: &State) -> impl PartialEq + std::fmt::Debug {
             .authors()
             .iter()
             .map(|(id, author)| {
-                (*id, author.capability.clone(), author.floor, author.past.keys().copied().collect::<Vec<_>>())
+                let (floors, policies) = (author.floor, author.policies.clone());
+                let past = author.past.keys().copied().collect::<Vec<_>>();
+                (*id, author.capability.clone(), floors, policies, author.accusations.clone(), past)
             })
             .collect::<Vec<_>>(),
         state.convictions().keys().copied().collect::<Vec<_>>(),
-        (state.len(), state.bytes(), state.past_bytes(), state.capability_count(), state.next_expiry()),
+        (state.len(), state.bytes(), state.past_bytes(), state.next_expiry()),
+        (state.capability_count(), state.policy_and_accusation_count()),
     )
 }
 
@@ -93,6 +98,7 @@ proptest! {
         a.expire(wall(START + 8 * HOUR), &mut Delta::default());
         prop_assert_eq!(a.authors().len(), 0);
         prop_assert_eq!((a.len(), a.bytes(), a.past_bytes(), a.next_expiry()), (0, 0, 0, None));
+        prop_assert_eq!((a.capability_count(), a.policy_and_accusation_count()), (0, (0, 0)));
     }
 
     #[test]
@@ -206,4 +212,79 @@ fn the_table_of_frauds_is_bounded_and_nodes_agree_on_who_is_in_it() {
     let ((a, _), (b, _)) = (merged(&cfg, &all), merged(&cfg, &backwards));
     assert_eq!(a.convictions().len(), 3);
     assert_eq!(a.convictions().keys().collect::<Vec<_>>(), b.convictions().keys().collect::<Vec<_>>());
+}
+
+/// Entries of author 1 in one chain, each living an hour.
+fn chain_of(bodies: Vec<Body>) -> Vec<Verified<Entry>> {
+    let mut chain: Vec<Verified<Entry>> = Vec::new();
+    for (body, seq) in bodies.into_iter().zip(1..) {
+        let prev = chain.last().map_or(Hash::ZERO, Verified::hash);
+        chain.push(entry(1, seq, prev, START + HOUR, body));
+    }
+    chain
+}
+
+fn names(state: &State) -> Vec<String> {
+    let author = state.author(&id(1));
+    let notices = author.iter().flat_map(|author| author.standing_policies());
+    notices.map(|entry| format!("{}", entry.seq)).collect()
+}
+
+#[test]
+fn of_an_authors_policies_the_latest_of_eight_names_stand_in_any_order() {
+    // Ten names twice, the first one said anew at the end.
+    let mut bodies: Vec<Body> =
+        (0..2).flat_map(|round| (0..10).map(move |name| policy(&format!("p{name}"), round))).collect();
+    bodies.push(policy("p0", 2));
+    let forwards = chain_of(bodies);
+    let mut backwards = forwards.clone();
+    backwards.reverse();
+    let mut mixed = forwards.clone();
+    mixed.rotate_left(7);
+    let views = [&forwards, &backwards, &mixed].map(|order| {
+        let (state, _) = merged(&LedgerConfig::default(), order);
+        assert_eq!(names(&state), ["21", "14", "15", "16", "17", "18", "19", "20"], "p0 and p3 to p9");
+        format!("{:?}", view(&state))
+    });
+    assert!(views[0] == views[1] && views[1] == views[2]);
+}
+
+#[test]
+fn a_policy_is_told_when_it_changes_and_when_it_goes_and_leaving_does_not_take_it_back() {
+    let chain = chain_of(vec![policy("a", 1), policy("a", 2), Body::Retire, policy("b", 1)]);
+    let (mut state, mut delta) = merged(&LedgerConfig::default(), &chain);
+    let told = |delta: &Delta| -> Vec<(String, Option<u64>)> {
+        let told = delta.events.iter().filter_map(|event| match event {
+            LedgerEvent::Policy { policy, stands } => Some((policy.name.to_string(), stands.as_ref().map(|e| e.seq))),
+            _ => None,
+        });
+        told.collect()
+    };
+    assert_eq!(told(&delta), [("a".into(), Some(1)), ("a".into(), Some(2)), ("b".into(), Some(4))]);
+    assert_eq!(names(&state), ["2", "4"]);
+    delta.events.clear();
+    state.expire(wall(START + HOUR), &mut delta);
+    assert_eq!(told(&delta), [("a".into(), None), ("b".into(), None)]);
+    assert_eq!(names(&state), [""; 0]);
+    // Neither does what was replaced come back.
+    let (mut state, mut delta) = merged(&LedgerConfig::default(), &chain[1..]);
+    assert_eq!(state.merge(Admitted::new(chain[0].clone()), &mut delta), Err(Refusal::Superseded));
+    let fork = entry(1, 1, Hash::ZERO, START + HOUR, policy("a", 7));
+    assert_eq!(state.merge(Admitted::new(fork), &mut delta), Err(Refusal::Equivocates(id(1))));
+    assert_eq!(state.policy_and_accusation_count(), (0, 0));
+}
+
+#[test]
+fn accusations_have_a_bound_of_their_own_and_push_out_no_receipt() {
+    let cfg = LedgerConfig { max_accusations_per_author: 3, max_entries_per_author: 2, ..LedgerConfig::default() };
+    let mut bodies: Vec<Body> = (0..2).map(|n| receipt(1, 2, n)).collect();
+    bodies.extend((0..6).map(|n| accusation(1, 9, n)));
+    let forwards = chain_of(bodies);
+    let mut backwards = forwards.clone();
+    backwards.reverse();
+    for order in [&forwards, &backwards] {
+        let (state, _) = merged(&cfg, order);
+        assert_eq!(state.entries().map(|entry| entry.seq).collect::<Vec<_>>(), [1, 2, 6, 7, 8]);
+        assert_eq!(state.policy_and_accusation_count(), (0, 3));
+    }
 }

@@ -66,6 +66,34 @@ fn what_others_would_refuse_is_refused_at_once() {
 }
 
 #[test]
+fn a_notice_of_a_policy_lives_as_a_capability_does_and_an_accusation_as_a_receipt() {
+    let mut net = Net::new(&[1, 100]);
+    net.link(0, 1);
+    net.append(0, 1, policy("adder", 1));
+    net.append(0, 2, accusation(1, 2, 1));
+    net.append(0, 3, policy("adder", 2));
+    net.append(0, 4, policy("", 3));
+    net.append(0, 5, accusation(1, 1, 2));
+    assert!(matches!(
+        net.nodes[0].failed[..],
+        [(4, AppendError::Refused(Refusal::Nameless)), (5, AppendError::Refused(Refusal::AccusesItself))]
+    ));
+    net.run(Duration::from_secs(3));
+    let stands = net.ledger(1).policy(&policy_id(1, "adder")).unwrap();
+    assert_eq!((stands.expires, net.ledger(1).len()), (wall(START + HOUR), 2));
+    assert!(net.ledger(1).policy(&policy_id(100, "adder")).is_none(), "its author is its owner");
+    let accused = |event: &LedgerEvent| matches!(event, LedgerEvent::Misbehaviour { .. });
+    assert_eq!(net.nodes[1].events.iter().filter(|event| accused(event)).count(), 1);
+    net.cut(0, 1);
+    net.pass(Duration::from_secs(3_600));
+    net.call(1, |ledger, cx, out| ledger.expire(cx, out));
+    assert_eq!((net.ledger(1).len(), net.ledger(1).policies().count()), (1, 0));
+    net.pass(Duration::from_secs(7 * 24 * 3_600));
+    net.call(1, |ledger, cx, out| ledger.expire(cx, out));
+    assert!(net.ledger(1).is_empty());
+}
+
+#[test]
 fn a_capability_outlives_what_it_supersedes() {
     let mut net = Net::with(&[1], LedgerConfig::default());
     net.append(0, 1, capability("long", 0));
@@ -83,7 +111,7 @@ proptest! {
 
     #[test]
     fn no_number_is_used_twice_through_crashes_expiry_lost_disks_and_clocks(
-        steps in proptest::collection::vec((0u8..7, 0u64..4), 1..40)
+        steps in proptest::collection::vec((0u8..8, 0u64..4), 1..40)
     ) {
         let cfg = LedgerConfig {
             capability_life: Duration::from_secs(60),
@@ -97,6 +125,7 @@ proptest! {
             match step {
                 0 | 1 => net.append(0, { request += 1; request }, receipt(1, 2, request)),
                 2 => net.append(0, { request += 1; request }, capability("x", 0)),
+                7 => net.append(0, { request += 1; request }, policy(&format!("p{amount}"), request)),
                 3 => net.nodes[0].slow_disk = amount % 2 == 0,
                 4 => { net.settle(0); net.run(Duration::from_millis(amount * 30_000 + 1)) }
                 // Dies; what was not written is gone.
