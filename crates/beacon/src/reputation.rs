@@ -7,7 +7,10 @@
 //! 2. **Witnesses.** Receipts of other requesters count a fraction each, are capped per requester, and their sum is capped again:
 //!    neither one requester nor a crowd of invented ones can make or break anybody. A receipt on oneself counts nothing, nor does
 //!    one whose inner half the executor did not sign.
-//! 3. **Pace.** The ratio of the time observed to the time that the capability's own numbers promise, as a geometric mean over
+//! 3. **Accusations** of misbehaviour elsewhere (a false rollout, say) count as a receipt with the verdict *invalid* by the accuser,
+//!    under the same weight and caps. They are no more than their author's word, and cost it nothing: so they wait in no queue, in
+//!    which they could stand in a receipt's way, have a table of their own, and make room for no record by pushing out another.
+//! 4. **Pace.** The ratio of the time observed to the time that the capability's own numbers promise, as a geometric mean over
 //!    the same evidence. Expected times are the claim times this ratio, so that a boast about speed lasts a few jobs at most.
 //!
 //! Receipts of others are verified only when somebody asks about their executor: most nodes never elect most others, and a
@@ -20,7 +23,7 @@ use chorus_machine::Time;
 use chorus_protocol::beacon::{Verdict, Work};
 use chorus_protocol::capability::Capability;
 use chorus_protocol::entry::{Body, Entry};
-use chorus_protocol::{NetworkId, NodeId, Received, Verified, WallTime};
+use chorus_protocol::{Hash, NetworkId, NodeId, Received, Verified, WallTime};
 
 use crate::config::ReputationConfig;
 
@@ -28,6 +31,10 @@ use crate::config::ReputationConfig;
 const MAX_RECORDS: usize = 8_192;
 /// Requesters whose word on one executor is kept.
 const MAX_WITNESSES: usize = 64;
+/// Accusers of one executor whose word is kept, beside those that are witnesses too.
+const MAX_ACCUSERS: usize = 16;
+/// Pieces of evidence against one executor that this node itself has and remembers to have counted.
+const MAX_EVIDENCE: usize = 8;
 /// Unverified receipts kept per executor: this node's own from before its start, and everybody else's.
 const MAX_PENDING: usize = 24;
 /// What being overtaken by a rival weighs: it may have been about to finish.
@@ -105,6 +112,10 @@ struct Pending {
 struct Record {
     own: Tally,
     witnesses: BTreeMap<NodeId, Tally>,
+    /// Those of whom nothing but accusations is known.
+    accusers: BTreeMap<NodeId, Tally>,
+    /// What this node accused it with.
+    evidence: VecDeque<Hash>,
     pending_own: VecDeque<Pending>,
     pending_others: VecDeque<Pending>,
     touched: Time,
@@ -183,13 +194,13 @@ impl Reputation {
         if requester == executor {
             return;
         }
-        let age = wall.since(entry.wall_time).as_secs_f64() / self.config.half_life.as_secs_f64();
+        let weight = self.freshness(entry, wall);
         let pending = Pending {
             requester,
             work: receipt.work.clone(),
             verdict: receipt.verdict,
             observed_ms: receipt.observed_ms,
-            weight: (-age).exp2(),
+            weight,
         };
         let own = requester == self.me;
         let record = self.record(executor, now);
@@ -198,6 +209,38 @@ impl Reputation {
             queue.pop_front();
         }
         queue.push_back(pending);
+    }
+
+    /// Takes note of an accusation from the ledger: it counts as an invalid result that the accuser reports. This node's own counts
+    /// as seen by itself, each piece of evidence once.
+    pub fn accused(&mut self, entry: &Verified<Entry>, now: Time, wall: WallTime) {
+        let Body::Misbehaviour(accusation) = &entry.body else { return };
+        let (accuser, accused) = (entry.author(), accusation.accused);
+        let no_room = self.records.len() >= MAX_RECORDS && !self.records.contains_key(&accused);
+        if accuser == accused || no_room {
+            return;
+        }
+        let (config, own, weight) = (self.config, accuser == self.me, self.freshness(entry, wall));
+        let record = self.record(accused, now);
+        let sample = Sample { ok: false, pace: None };
+        if !own {
+            let tally = record.accuser(accuser);
+            tally.fade(now, config.half_life);
+            tally.add(sample, weight, config.witness_cap);
+        } else if !record.evidence.contains(&accusation.evidence) {
+            if record.evidence.len() >= MAX_EVIDENCE {
+                record.evidence.pop_front();
+            }
+            record.evidence.push_back(accusation.evidence);
+            record.own.fade(now, config.half_life);
+            record.own.add(sample, weight, config.memory);
+        }
+    }
+
+    /// Returns how much of an entry's weight has not faded since it was written.
+    fn freshness(&self, entry: &Entry, wall: WallTime) -> f64 {
+        let age = wall.since(entry.wall_time).as_secs_f64() / self.config.half_life.as_secs_f64();
+        (-age).exp2()
     }
 
     /// Returns what is known of an executor at `now`. `capability` is what its pace is measured against.
@@ -268,16 +311,32 @@ impl Record {
                     self.witnesses.remove(&least);
                 }
             }
-            let tally = self.witnesses.entry(pending.requester).or_default();
+            // One cap for all that one node says.
+            let accused = self.accusers.remove(&pending.requester).unwrap_or_default();
+            let tally = self.witnesses.entry(pending.requester).or_insert(accused);
             tally.fade(now, config.half_life);
             tally.add(sample, pending.weight, config.witness_cap);
         }
     }
 
+    /// Returns where the accusations of a node are added up.
+    fn accuser(&mut self, accuser: NodeId) -> &mut Tally {
+        if self.witnesses.contains_key(&accuser) {
+            return self.witnesses.entry(accuser).or_default();
+        }
+        if self.accusers.len() >= MAX_ACCUSERS && !self.accusers.contains_key(&accuser) {
+            let least = self.accusers.iter().min_by_key(|(_, tally)| tally.at).map(|(id, _)| *id);
+            if let Some(least) = least {
+                self.accusers.remove(&least);
+            }
+        }
+        self.accusers.entry(accuser).or_default()
+    }
+
     /// Returns what all other requesters say together, discounted and capped.
     fn crowd(&self, config: &ReputationConfig, now: Time) -> Tally {
         let mut sum = Tally { at: now, ..Tally::default() };
-        for tally in self.witnesses.values() {
+        for tally in self.witnesses.values().chain(self.accusers.values()) {
             let mut tally = *tally;
             tally.fade(now, config.half_life);
             sum.successes += tally.successes;
@@ -336,9 +395,11 @@ pub fn pace(observed: Duration, promised: Duration) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
+    use chorus_protocol::JobId;
     use chorus_protocol::beacon::Receipt;
     use chorus_protocol::job::{Failure, JobKind};
-    use chorus_protocol::{Hash, JobId};
+    use chorus_protocol::misbehaviour::{Charge, Misbehaviour};
+    use chorus_protocol::policy::{PolicyId, Version};
 
     use super::*;
     use crate::testing::{capability, id, key, network};
@@ -448,6 +509,67 @@ mod tests {
             Entry { seq: 1, prev: Hash::ZERO, wall_time: WALL, expires: WALL, body: Body::Receipt(inner.clone()) };
         view.witness(&Verified::sign(&key(10), &network(), entry).unwrap(), NOW, WALL);
         assert_eq!(view.standing(id(2), None, NOW), fresh);
+    }
+
+    /// Accusation `n` of node `e` by node `r`.
+    fn accusation(r: u8, e: u8, n: u8) -> Verified<Entry> {
+        let body = Body::Misbehaviour(Box::new(Misbehaviour {
+            accused: id(e),
+            policy: PolicyId { owner: id(r), name: Default::default() },
+            version: Version::default(),
+            charge: Charge::WrongReward,
+            evidence: Hash::from_bytes([n; 32]),
+            evidence_bytes: 1,
+        }));
+        let entry = Entry { seq: 1, prev: Hash::ZERO, wall_time: WALL, expires: WALL, body };
+        Verified::sign(&key(r), &network(), entry).unwrap()
+    }
+
+    #[test]
+    fn an_accusation_counts_as_an_invalid_result_and_one_accuser_no_more_than_its_cap() {
+        let config = ReputationConfig::default();
+        let (mut told, mut seen) = (view(), view());
+        told.accused(&accusation(10, 2, 0), NOW, WALL);
+        seen.witness(&receipt(10, 2, 2, Verdict::Invalid, 1), NOW, WALL);
+        assert_eq!(told.standing(id(2), None, NOW), seen.standing(id(2), None, NOW));
+        for n in 0..100 {
+            told.accused(&accusation(10, 2, n), NOW, WALL);
+            told.witness(&receipt(10, 2, 2, Verdict::Invalid, u32::from(n)), NOW, WALL);
+        }
+        let moved = told.standing(id(2), None, NOW).failures - config.prior_failures;
+        assert!(
+            moved <= config.witness_cap * config.witness_weight + 1e-9,
+            "accusations and receipts share it: {moved}"
+        );
+    }
+
+    #[test]
+    fn a_crowd_of_accusers_moves_nobody_further_than_its_cap_and_silences_no_witness() {
+        let config = ReputationConfig::default();
+        let mut view = view();
+        for r in 10..14 {
+            view.witness(&receipt(r, 2, 2, Verdict::Accepted, 1), NOW, WALL);
+        }
+        for r in 20..220 {
+            view.accused(&accusation(r, 2, 0), NOW, WALL);
+        }
+        let after = view.standing(id(2), None, NOW);
+        assert!(after.failures - config.prior_failures <= config.crowd_cap + 1e-9, "{after:?}");
+        assert!(after.successes > config.prior_successes, "the witnesses are still heard: {after:?}");
+        assert_eq!(view.records[&id(2)].accusers.len(), MAX_ACCUSERS);
+    }
+
+    #[test]
+    fn an_own_accusation_counts_in_full_and_once() {
+        let mut view = view();
+        for _ in 0..3 {
+            view.accused(&accusation(1, 2, 7), NOW, WALL);
+        }
+        view.accused(&accusation(2, 2, 1), NOW, WALL);
+        let standing = view.standing(id(2), None, NOW);
+        assert!((standing.failures - ReputationConfig::default().prior_failures - 1.0).abs() < 1e-9, "{standing:?}");
+        view.accused(&accusation(1, 2, 8), NOW, WALL);
+        assert!(view.standing(id(2), None, NOW).failures > standing.failures, "other evidence is another fault");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use chorus_beacon::{JobDone, JobError, JobEvent, JobSpec, RunId};
 use chorus_ledger::{LedgerEvent, PersistBatch};
 use chorus_machine::Time;
 use chorus_protocol::capability::Capability;
-use chorus_protocol::entry::{Entry, Equivocation};
+use chorus_protocol::entry::{Body, Entry, Equivocation};
 use chorus_protocol::job::{Failure, JobKind, Output, Payload};
 use chorus_protocol::{Embedding, JobId, NodeId, TaskId, Verified};
 use chorus_scheduler::{TaskAnswer, TaskError, TaskEvent, TaskSpec};
@@ -88,6 +88,8 @@ pub enum Command {
     Submit(Box<JobSpec>),
     /// Take such a job back.
     Withdraw(JobId),
+    /// Write an entry of the shell's own into the ledger. What becomes of it is only logged: say it again when it matters.
+    Append(Box<Body>),
     /// This is what the node can do from now on, and how many jobs at a time.
     Offer(Box<Capability>),
     /// The node is about to leave: take no new work, tell the ledger.

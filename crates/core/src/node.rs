@@ -82,10 +82,12 @@ impl Node {
         for (node, capability) in known {
             self.route(Route::Requester(RequesterInput::Capability { node, capability: Some(capability) }));
         }
-        let receipts: Vec<_> =
-            self.ledger.entries().filter(|entry| matches!(entry.body, Body::Receipt(_))).cloned().collect();
-        for entry in receipts {
-            self.route(Route::Requester(RequesterInput::Receipt { entry }));
+        for entry in self.ledger.entries().cloned().collect::<Vec<_>>() {
+            match entry.body {
+                Body::Receipt(_) => self.route(Route::Requester(RequesterInput::Receipt { entry })),
+                Body::Misbehaviour(_) => self.route(Route::Requester(RequesterInput::Accusation { entry })),
+                Body::Capability(_) | Body::Retire | Body::Policy(_) => {}
+            }
         }
         for node in self.ledger.quarantined().collect::<Vec<_>>() {
             self.route(Route::Requester(RequesterInput::Quarantined { node }));
@@ -191,6 +193,7 @@ impl Node {
                 Some(RequesterInput::Capability { node: *node, capability: capability.clone() })
             }
             LedgerEvent::Receipt { entry } => Some(RequesterInput::Receipt { entry: entry.clone() }),
+            LedgerEvent::Misbehaviour { entry } => Some(RequesterInput::Accusation { entry: entry.clone() }),
             LedgerEvent::Quarantined { node } => Some(RequesterInput::Quarantined { node: *node }),
             _ => None,
         };
@@ -287,6 +290,7 @@ impl Node {
                 self.submit(spec, out);
             }
             Command::Withdraw(job) => self.route(Route::Requester(RequesterInput::Cancel(job))),
+            Command::Append(body) => self.append(*body),
             Command::Offer(capability) => self.offer(cx.now, Arc::new(*capability)),
             Command::Drain => {
                 self.offer = None;
@@ -338,12 +342,13 @@ impl Node {
         }
     }
 
-    /// Gossips again what the node offers: what it said while it was alone, nobody heard. The first neighbour would learn of it by
-    /// reconciliation, and the others each from its neighbour, a round at a time.
+    /// Gossips again what the node offers and trains: what it said while it was alone, nobody heard. The first neighbour would learn
+    /// of it by reconciliation, and the others each from its neighbour, a round at a time.
     fn publish_offer(&mut self, out: &mut Outbox<Effect>) {
-        let own = |entry: &&Verified<Entry>| entry.author() == self.me && matches!(entry.body, Body::Capability(_));
-        let said = self.ledger.entries().find(own).map(Verified::to_wire);
-        if let Some(entry) = said {
+        let stands = |body: &Body| matches!(body, Body::Capability(_) | Body::Policy(_));
+        let own = |entry: &&Verified<Entry>| entry.author() == self.me && stands(&entry.body);
+        let said: Vec<_> = self.ledger.entries().filter(own).map(Verified::to_wire).collect();
+        for entry in said {
             self.publish_ledger(&LedgerGossip::Entry(entry), out);
         }
     }
@@ -452,7 +457,8 @@ impl Machine for Node {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use chorus_machine::Rng;
-    use chorus_protocol::WallTime;
+    use chorus_protocol::policy::{PolicyNotice, Version};
+    use chorus_protocol::{Text, WallTime};
 
     use super::*;
     use crate::io::Topic;
@@ -502,5 +508,17 @@ mod tests {
             gossiped(&mut node, net(NetInput::PeerDown(peer(n))));
         }
         assert_eq!(gossiped(&mut node, net(NetInput::PeerUp(peer(4)))), said, "alone again, and not alone any more");
+        let notice = PolicyNotice {
+            name: Text::truncated("adder"),
+            version: Version::default(),
+            step: 1,
+            environments: Default::default(),
+            running: true,
+        };
+        gossiped(&mut node, net(NetInput::PeerDown(peer(4))));
+        let append = |body| Input::Command(Command::Append(Box::new(body)));
+        let told = gossiped(&mut node, append(Body::Policy(Box::new(notice))));
+        assert_eq!(node.ledger().policies().count(), 1, "the shell may write an entry of its own");
+        assert_eq!(gossiped(&mut node, net(NetInput::PeerUp(peer(2)))), [said, told].concat());
     }
 }

@@ -65,6 +65,11 @@ pub enum RequesterInput {
         /// The entry that carries it.
         entry: Verified<Entry>,
     },
+    /// An accusation that the ledger admitted: anybody's, this node's own included.
+    Accusation {
+        /// The entry that carries it.
+        entry: Verified<Entry>,
+    },
     /// A node is proven to have equivocated: nothing is asked of it any more.
     Quarantined {
         /// Who.
@@ -449,6 +454,7 @@ impl Machine for Requester {
         match input {
             RequesterInput::Capability { node, capability } => self.on_capability(cx, node, capability, out),
             RequesterInput::Receipt { entry } => self.on_receipt(cx, &entry),
+            RequesterInput::Accusation { entry } => self.reputation.accused(&entry, cx.now, cx.wall),
             RequesterInput::Quarantined { node } => {
                 if self.quarantined.len() < MAX_NODES {
                     self.quarantined.insert(node);
