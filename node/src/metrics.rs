@@ -10,6 +10,8 @@ static PEERS: Desc = Desc::new("chorus_peers", "Connected peers.");
 static ENTRIES: Desc = Desc::new("chorus_ledger_entries", "Entries in the ledger's set.");
 static LEDGER_BYTES: Desc = Desc::new("chorus_ledger_bytes", "Bytes of the ledger's entries, as encoded.");
 static CAPABILITIES: Desc = Desc::new("chorus_ledger_capabilities", "Nodes that offer something.");
+static POLICIES: Desc = Desc::new("chorus_ledger_policies", "Policies that their owners say they train.");
+static ACCUSATIONS: Desc = Desc::new("chorus_ledger_accusations", "Accusations of misbehaviour in the ledger's set.");
 static QUARANTINED: Desc = Desc::new("chorus_ledger_quarantined", "Authors convicted of equivocation.");
 static RUNNING: Desc = Desc::new("chorus_executor_running", "Jobs that run here.");
 static RESERVED: Desc = Desc::new("chorus_executor_reserved", "Slots that are kept for bids.");
@@ -36,7 +38,7 @@ static TASK_SECONDS: Desc = Desc::new("chorus_task_seconds", "From question to a
 #[derive(Debug)]
 pub(crate) struct Metrics {
     registry: Registry,
-    gauges: [Arc<Gauge>; 10],
+    gauges: [Arc<Gauge>; 12],
     sent: Arc<Counter>,
     sent_bytes: Arc<Counter>,
     received: Arc<Counter>,
@@ -58,9 +60,21 @@ impl Default for Metrics {
     fn default() -> Self {
         let registry = Registry::default();
         let counter = |desc| registry.counter(desc);
-        let gauges =
-            [&PEERS, &ENTRIES, &LEDGER_BYTES, &CAPABILITIES, &QUARANTINED, &RUNNING, &RESERVED, &SLOTS, &JOBS, &TASKS]
-                .map(|desc| registry.gauge(desc));
+        let gauges = [
+            &PEERS,
+            &ENTRIES,
+            &LEDGER_BYTES,
+            &CAPABILITIES,
+            &POLICIES,
+            &ACCUSATIONS,
+            &QUARANTINED,
+            &RUNNING,
+            &RESERVED,
+            &SLOTS,
+            &JOBS,
+            &TASKS,
+        ]
+        .map(|desc| registry.gauge(desc));
         Self {
             gauges,
             sent: counter(&SENT),
@@ -138,6 +152,8 @@ impl Metrics {
             status.ledger.entries,
             status.ledger.bytes,
             status.ledger.capabilities,
+            status.ledger.policies,
+            status.ledger.accusations,
             status.ledger.quarantined,
             status.executor.running,
             status.executor.reserved,

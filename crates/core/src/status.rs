@@ -26,6 +26,10 @@ pub struct LedgerStatus {
     pub bytes: usize,
     /// Nodes that offer something.
     pub capabilities: usize,
+    /// Policies that their owners say they train.
+    pub policies: usize,
+    /// Accusations of misbehaviour.
+    pub accusations: usize,
     /// Convicted authors.
     pub quarantined: usize,
     /// Whether this node is one of them.
@@ -77,6 +81,8 @@ impl Node {
                 entries: stats.entries,
                 bytes: stats.bytes,
                 capabilities: stats.capabilities,
+                policies: stats.policies,
+                accusations: stats.accusations,
                 quarantined: stats.quarantined,
                 self_quarantined: self.ledger.is_quarantined(&self.me),
                 digest: self.ledger.digest(),

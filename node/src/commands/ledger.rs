@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use chorus_protocol::entry::Entry;
+use chorus_protocol::entry::{Body, Entry};
 use chorus_protocol::{Hash, Verified};
 use clap::Subcommand;
 use serde_json::{Value, json};
@@ -20,8 +20,8 @@ const PAGE: usize = 10_000;
 pub(crate) enum LedgerCommand {
     /// List entries, newest last
     Ls {
-        /// Only this kind: capability, retire or receipt
-        #[arg(long)]
+        /// Only this kind
+        #[arg(long, value_parser = Body::KINDS)]
         kind: Option<String>,
         /// Print JSON
         #[arg(long)]
@@ -44,10 +44,8 @@ pub(crate) enum LedgerCommand {
 pub(crate) fn ledger(config: &Config, command: LedgerCommand) -> Result<(), CommandError> {
     match command {
         LedgerCommand::Ls { kind, json } => {
-            let rows = rows(config)?;
-            let wanted = |row: &&Value| kind.as_deref().is_none_or(|kind| row["kind"] == kind);
-            for row in rows.iter().filter(wanted) {
-                print_row(row, json);
+            for row in rows(config, kind.as_deref())? {
+                print_row(&row, json);
             }
             Ok(())
         }
@@ -57,22 +55,28 @@ pub(crate) fn ledger(config: &Config, command: LedgerCommand) -> Result<(), Comm
     }
 }
 
-/// All entries: from the running node, or else from the disk.
-fn rows(config: &Config) -> Result<Vec<Value>, CommandError> {
-    match block_on(online_rows(config)) {
-        Err(error) if error.kind() == Kind::NotRunning => Ok(storage::read_stopped(config)?.iter().map(row).collect()),
+/// All entries, or those of a kind: from the running node, or else from the disk.
+fn rows(config: &Config, kind: Option<&str>) -> Result<Vec<Value>, CommandError> {
+    match block_on(online_rows(config, kind)) {
+        Err(error) if error.kind() == Kind::NotRunning => {
+            let entries = storage::read_stopped(config)?;
+            let wanted = |entry: &&Verified<Entry>| kind.is_none_or(|kind| entry.body.kind() == kind);
+            Ok(entries.iter().filter(wanted).map(row).collect())
+        }
         rows => rows,
     }
 }
 
-async fn online_rows(config: &Config) -> Result<Vec<Value>, CommandError> {
+/// Entries that the running node holds.
+pub(super) async fn online_rows(config: &Config, kind: Option<&str>) -> Result<Vec<Value>, CommandError> {
     let api = ApiClient::new(config)?;
-    let (mut rows, mut path) = (Vec::new(), format!("/v1/ledger?limit={PAGE}"));
+    let first = kind.map_or_else(String::new, |kind| format!("&kind={kind}"));
+    let (mut rows, mut path) = (Vec::new(), format!("/v1/ledger?limit={PAGE}{first}"));
     loop {
         let page = api.get(&path).await?;
         rows.extend(page["entries"].as_array().cloned().unwrap_or_default());
         match page["next"].as_str() {
-            Some(next) => path = format!("/v1/ledger?limit={PAGE}&after={next}"),
+            Some(next) => path = format!("/v1/ledger?limit={PAGE}{first}&after={next}"),
             None => return Ok(rows),
         }
     }
@@ -100,7 +104,7 @@ fn print_row(row: &Value, json: bool) {
     }
     let text = |key: &str| row[key].as_str().unwrap_or("-");
     println!(
-        "{}  {:<10} {:>5}  {}  {}",
+        "{}  {:<12} {:>5}  {}  {}",
         text("hash").get(..12).unwrap_or("-"),
         text("kind"),
         row["seq"],
@@ -127,12 +131,23 @@ fn summary(row: &Value) -> String {
             body["receipt"]["executor"].as_str().unwrap_or("-"),
             body["receipt"]["observed_ms"]
         ),
+        Some("policy") => {
+            let policy = &body["policy"];
+            let state = if policy["running"] == true { "training" } else { "ended" };
+            format!("{} at step {}, {state}", policy["name"].as_str().unwrap_or("-"), policy["step"])
+        }
+        Some("misbehaviour") => {
+            let accusation = &body["misbehaviour"];
+            let text = |key: &str| accusation[key].as_str().unwrap_or("-");
+            format!("accuses {} of {}, evidence {}", text("accused"), text("charge"), text("evidence"))
+        }
         _ => String::new(),
     }
 }
 
 fn show(config: &Config, hash: &str) -> Result<(), CommandError> {
-    let found = rows(config)?.into_iter().find(|row| row["hash"].as_str().is_some_and(|full| full.starts_with(hash)));
+    let found =
+        rows(config, None)?.into_iter().find(|row| row["hash"].as_str().is_some_and(|full| full.starts_with(hash)));
     match found {
         Some(row) => {
             println!("{row:#}");
@@ -159,11 +174,13 @@ fn verify(config: &Config) -> Result<(), CommandError> {
     let links = check_links(&checked)?;
     let of_kind = |kind: &str| checked.iter().filter(|entry| entry.body.kind() == kind).count();
     println!(
-        "{} entries hold: {} capabilities, {} receipts, {} retirements; {links} links checked",
+        "{} entries hold: {} capabilities, {} receipts, {} retirements, {} policies, {} accusations; {links} links checked",
         checked.len(),
         of_kind("capability"),
         of_kind("receipt"),
-        of_kind("retire")
+        of_kind("retire"),
+        of_kind("policy"),
+        of_kind("misbehaviour")
     );
     Ok(())
 }
@@ -198,7 +215,7 @@ fn check_links(entries: &[Verified<Entry>]) -> Result<usize, CommandError> {
 
 fn export(config: &Config, file: Option<PathBuf>) -> Result<(), CommandError> {
     use std::io::Write;
-    let rows = rows(config)?;
+    let rows = rows(config, None)?;
     let mut out: Box<dyn Write> = match &file {
         Some(path) => Box::new(std::io::BufWriter::new(
             std::fs::File::create(path)

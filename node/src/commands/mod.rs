@@ -47,7 +47,7 @@ enum Command {
     /// Train a policy on what the swarm samples
     #[command(subcommand)]
     Trainer(trainer::TrainerCommand),
-    /// The versions of policies on this node's disk
+    /// The versions of policies on this node's disk, and the policies that others train
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
     /// The configuration in force

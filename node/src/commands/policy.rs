@@ -1,18 +1,21 @@
-//! `chorus policy`: the versions of policies that lie on this node's disk.
+//! `chorus policy`: the versions of policies that lie on this node's disk, and what the ledger says of others.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use chorus_protocol::Verified;
 use chorus_protocol::policy::{Manifest, Version};
+use chorus_protocol::{Verified, WallTime};
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
+use serde_json::{Value, json};
 
+use super::block_on;
+use super::ledger::online_rows;
 use crate::client::ApiClient;
 use crate::config::{Config, EngineKind, SamplerSection};
-use crate::error::CommandError;
+use crate::driver::wall;
+use crate::error::{CommandError, Kind};
 use crate::process;
 use crate::training::library::Library;
 use crate::training::parse_policy;
@@ -24,7 +27,7 @@ const POLL: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum PolicyCommand {
-    /// List the versions on this node's disk, the oldest step first
+    /// List the versions on this node's disk, the oldest step first, and the policies that the running node's ledger knows
     Ls {
         /// Print JSON
         #[arg(long)]
@@ -161,6 +164,10 @@ fn versions(config: &Config, begins: Option<&str>) -> Result<Vec<Found>, Command
 
 fn list(config: &Config, as_json: bool) -> Result<(), CommandError> {
     let found = versions(config, None)?;
+    let known = match block_on(online_rows(config, Some("policy"))) {
+        Err(error) if error.kind() == Kind::NotRunning => Vec::new(),
+        known => known?,
+    };
     if found.is_empty() && !as_json {
         println!("no versions here; a node that trains or samples keeps its newest ones");
     }
@@ -168,7 +175,7 @@ fn list(config: &Config, as_json: bool) -> Result<(), CommandError> {
         let (version, bytes) = (manifest.version, manifest.total_bytes());
         if as_json {
             let row = json!({
-                "policy": manifest.policy.name, "owner": manifest.policy.owner, "version": version, "parent": manifest.parent,
+                "source": "disk", "policy": manifest.policy.name, "owner": manifest.policy.owner, "version": version, "parent": manifest.parent,
                 "step": manifest.step, "made": manifest.made, "bytes": bytes, "chunks": manifest.chunks.len(),
             });
             println!("{row}");
@@ -176,7 +183,35 @@ fn list(config: &Config, as_json: bool) -> Result<(), CommandError> {
             println!("{version}  step {:>6}  {:>9.1} KiB  {}", manifest.step, kib(bytes), manifest.policy);
         }
     }
+    for row in &known {
+        print_known(row, as_json);
+    }
     Ok(())
+}
+
+/// What an owner says of a policy in the ledger.
+fn print_known(row: &Value, as_json: bool) {
+    let (owner, policy) = (&row["author"], &row["body"]["policy"]);
+    let said = WallTime::from_millis(row["wall_time"].as_u64().unwrap_or_default());
+    if as_json {
+        let row = json!({
+            "source": "ledger", "policy": policy["name"], "owner": owner, "version": policy["version"], "step": policy["step"],
+            "environments": policy["environments"], "running": policy["running"], "said": said,
+        });
+        return println!("{row}");
+    }
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    let environments: Vec<String> = policy["environments"].as_array().into_iter().flatten().map(text).collect();
+    println!(
+        "{}@{}  step {}  version {}  {}  {}, said {} s ago",
+        text(&policy["name"]),
+        text(owner),
+        policy["step"],
+        text(&policy["version"]).get(..8).unwrap_or("-"),
+        environments.join(", "),
+        if policy["running"] == true { "training" } else { "ended" },
+        wall().since(said).as_secs()
+    );
 }
 
 #[allow(clippy::cast_precision_loss, reason = "a size for people")]

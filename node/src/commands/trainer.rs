@@ -79,7 +79,7 @@ pub(crate) fn trainer(mut config: Config, model: bool, command: TrainerCommand) 
         }
         TrainerCommand::Status { json } => status(&config, json),
         TrainerCommand::Evidence { file } => {
-            let (accused, verdict) = evidence::check(&file, &config.data_dir, &config.network_id()?)?;
+            let (accused, verdict) = evidence::check_file(&file, &config.data_dir, &config.network_id()?)?;
             println!("{accused} is convicted: {verdict:?}");
             Ok(())
         }

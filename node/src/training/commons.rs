@@ -9,8 +9,10 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
+use chorus_core::Command;
 use chorus_machine::{Ctx, Machine, Outbox, Rng, Time};
 use chorus_protocol::bounded::List;
+use chorus_protocol::entry::Body;
 use chorus_protocol::policy::{Manifest, PolicyId, Version};
 use chorus_protocol::rollout::{Bulk, Hello};
 use chorus_protocol::{Admitted, NetworkId, NodeId, SecretKey, Verified};
@@ -20,7 +22,7 @@ use serde_json::{Value, json};
 use super::disk::{Disk, Done, Job};
 use super::library::Library;
 use super::sessions::Sessions;
-use crate::driver::wall;
+use crate::driver::{NodeHandle, wall};
 
 /// See the module.
 pub(super) struct Commons {
@@ -32,6 +34,7 @@ pub(super) struct Commons {
     pub(super) disk: Disk,
     pub(super) library: Library,
     pub(super) broadcast: Broadcast,
+    node: NodeHandle,
     rng: Rng,
     epoch: Instant,
     manifests: BTreeMap<Version, Admitted<Manifest>>,
@@ -52,6 +55,7 @@ impl Commons {
         disk: Disk,
         library: Library,
         broadcast: Broadcast,
+        node: NodeHandle,
         rng: Rng,
         epoch: Instant,
     ) -> Self {
@@ -64,6 +68,7 @@ impl Commons {
             disk,
             library,
             broadcast,
+            node,
             rng,
             epoch,
             manifests: BTreeMap::new(),
@@ -76,6 +81,11 @@ impl Commons {
 
     pub(super) fn is_owner(&self) -> bool {
         self.me == self.policy.owner
+    }
+
+    /// Writes an entry into the ledger. Returns whether the node takes it; if not, it has enough to do, and is asked again.
+    pub(super) fn append(&self, body: Body) -> bool {
+        self.node.try_command(Command::Append(Box::new(body)))
     }
 
     /// Runs a machine's step with this room's clock and randomness.

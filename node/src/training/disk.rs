@@ -6,12 +6,12 @@
 //!
 //! One thread, so that what was asked first is done first: a version's files are made before its chunks come, and are forgotten after.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use chorus_protocol::bounded::List;
 use chorus_protocol::limits::{ENVELOPE_OVERHEAD_BYTES, MAX_CHUNK_BYTES, MAX_ROLLOUT_FRAME_BYTES};
+use chorus_protocol::misbehaviour::{Charge, Misbehaviour};
 use chorus_protocol::policy::{Manifest, Version};
 use chorus_protocol::rollout::{GroupId, RolloutFrame};
 use chorus_protocol::{Admitted, NetworkId, NodeId, Received, Verified, codec};
@@ -48,16 +48,33 @@ pub(super) enum Job {
     /// Delete frames.
     Delete(Vec<FrameKey>),
     /// Keep the frame in which a sampler signed a rollout, where nothing deletes it.
-    Evidence { sampler: NodeId, group: GroupId, member: u16 },
+    Evidence { sampler: NodeId, group: GroupId, member: u16, charge: Charge },
 }
 
 /// What became of it.
 #[derive(Debug)]
 pub(super) enum Done {
-    Stored { version: Version, index: u32, ok: bool },
-    Read { to: NodeId, version: Version, index: u32, bytes: Option<Vec<u8>> },
-    Persisted { key: FrameKey, ok: bool },
-    Loaded { key: FrameKey, frame: Option<Verified<RolloutFrame>> },
+    Stored {
+        version: Version,
+        index: u32,
+        ok: bool,
+    },
+    Read {
+        to: NodeId,
+        version: Version,
+        index: u32,
+        bytes: Option<Vec<u8>>,
+    },
+    Persisted {
+        key: FrameKey,
+        ok: bool,
+    },
+    Loaded {
+        key: FrameKey,
+        frame: Option<Verified<RolloutFrame>>,
+    },
+    /// The evidence is kept: this can be said in the ledger.
+    Evidence(Box<Misbehaviour>),
 }
 
 /// The way to the thread. When it is dropped, what was asked is still done.
@@ -146,7 +163,7 @@ impl Worker {
                 let frame = bytes.and_then(|bytes| decode(&bytes, &self.network));
                 self.tell(Done::Loaded { key, frame });
             }
-            Job::Evidence { sampler, group, member } => self.keep_evidence(sampler, group, member),
+            Job::Evidence { sampler, group, member, charge } => self.keep_evidence((sampler, group, member), charge),
             Job::Delete(keys) => {
                 let records = keys.into_iter().map(|key| record(key, None)).collect();
                 let batch = Batch { records, durability: Durability::Relaxed, ..Batch::default() };
@@ -182,7 +199,7 @@ impl Worker {
     }
 
     /// The frames that are on disk are few, and samplers are seldom convicted, so they are simply all looked at.
-    fn keep_evidence(&self, sampler: NodeId, group: GroupId, member: u16) {
+    fn keep_evidence(&self, (sampler, group, member): (NodeId, GroupId, u16), charge: Charge) {
         let holds = |frame: &Verified<RolloutFrame>| {
             let mut rollouts = frame.rollouts();
             frame.author() == sampler && rollouts.any(|rollout| (rollout.group(), rollout.member()) == (group, member))
@@ -192,12 +209,12 @@ impl Worker {
         let Some(frame) = frame else {
             return tracing::warn!(sampler = %sampler.fmt_short(), "the frame that convicts it is not on disk any more");
         };
-        let path = self.evidence.join(format!("{}-{}-{member}.json", sampler.fmt_short(), group.0));
-        let kept =
-            fs::create_dir_all(&self.evidence).and_then(|()| evidence::write(&path, (sampler, group, member), &frame));
-        match kept {
-            Ok(()) => tracing::warn!(sampler = %sampler, path = %path.display(), "what it signed is kept as evidence"),
-            Err(error) => tracing::warn!(%error, path = %path.display(), "the evidence was not kept"),
+        match evidence::keep(&self.evidence, (sampler, group, member), charge, &frame) {
+            Ok(accusation) => {
+                tracing::warn!(sampler = %sampler, evidence = %accusation.evidence, "what it signed is kept as evidence");
+                self.tell(Done::Evidence(Box::new(accusation)));
+            }
+            Err(error) => tracing::warn!(%error, path = %self.evidence.display(), "the evidence was not kept"),
         }
     }
 

@@ -1,49 +1,62 @@
 //! What a convicted sampler signed, in a file that anybody can check who has the version's weights.
+//!
+//! A file holds the bytes that are hashed (`protocol/spec/rollout.md`), and is called by their hash.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use chorus_protocol::limits::{ENVELOPE_OVERHEAD_BYTES, MAX_ROLLOUT_FRAME_BYTES};
+use chorus_protocol::misbehaviour::{self, Charge, Misbehaviour};
 use chorus_protocol::policy::Version;
 use chorus_protocol::rollout::{GroupId, RolloutFrame};
-use chorus_protocol::{NetworkId, NodeId, Received, Verified, codec};
+use chorus_protocol::{Hash, List, NetworkId, NodeId, Verified};
 use chorus_trainer::env::{DEFAULT_LIMIT, Environment, Judge, by_name};
 use chorus_trainer::policy::{self, Policy};
 use chorus_trainer::trust::{Evidence, Tolerance, Verdict};
-use serde::{Deserialize, Serialize};
 
 use super::library::{Library, write_whole};
 use crate::error::CommandError;
 
-/// A signed frame.
-const MAX_FRAME_BYTES: usize = MAX_ROLLOUT_FRAME_BYTES + ENVELOPE_OVERHEAD_BYTES;
-
-/// The file: JSON, with the signed frames as they crossed the wire, in hexadecimal.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct File {
-    accused: String,
-    group: u64,
-    member: u16,
-    frames: Vec<String>,
+/// Returns where evidence of this name lies.
+pub(crate) fn path_of(directory: &Path, evidence: &Hash) -> PathBuf {
+    directory.join(format!("{evidence}.evidence"))
 }
 
-/// Writes the frame in which `accused` signed a rollout.
-pub(super) fn write(
-    path: &Path,
+/// Keeps the frame in which `accused` signed a rollout. Returns what it can be accused of with it.
+pub(super) fn keep(
+    directory: &Path,
     (accused, group, member): (NodeId, GroupId, u16),
+    charge: Charge,
     frame: &Verified<RolloutFrame>,
-) -> std::io::Result<()> {
-    let frames = vec![hex::encode(codec::encode(&frame.to_wire()))];
-    let file = File { accused: accused.to_string(), group: group.0, member, frames };
-    write_whole(path, &serde_json::to_vec_pretty(&file)?)
+) -> io::Result<Misbehaviour> {
+    let frames = List::truncated([frame.to_wire()]);
+    let evidence = misbehaviour::Evidence { accused, group, member, frames };
+    let bytes = evidence.to_bytes().map_err(io::Error::other)?;
+    let hash = misbehaviour::Evidence::hash(&bytes);
+    fs::create_dir_all(directory)?;
+    write_whole(&path_of(directory, &hash), &bytes)?;
+    let mut rollouts = frame.rollouts();
+    let rollout = rollouts.find(|rollout| (rollout.group(), rollout.member()) == (group, member));
+    let version = rollout.and_then(|rollout| rollout.segments().next().map(|segment| segment.version));
+    let (policy, version) = (frame.policy().clone(), version.unwrap_or_default());
+    Ok(Misbehaviour { accused, policy, version, charge, evidence: hash, evidence_bytes: bytes.len() as u64 })
+}
+
+/// Checks what is in a file, see [`check`].
+pub(crate) fn check_file(path: &Path, data_dir: &Path, network: &NetworkId) -> Result<(NodeId, Verdict), CommandError> {
+    let bytes =
+        fs::read(path).map_err(|error| CommandError::usage(format!("{} cannot be read: {error}", path.display())))?;
+    check(&bytes, data_dir, network)
 }
 
 /// Computes everything again with the versions that lie on this node's disk. Returns who is convicted, and of what.
-pub(crate) fn check(path: &Path, data_dir: &Path, network: &NetworkId) -> Result<(NodeId, Verdict), CommandError> {
-    let evidence = read(path)?;
+pub(crate) fn check(bytes: &[u8], data_dir: &Path, network: &NetworkId) -> Result<(NodeId, Verdict), CommandError> {
+    let damaged = |error| CommandError::usage(format!("this is no evidence: {error}"));
+    let misbehaviour::Evidence { accused, group, member, frames } =
+        misbehaviour::Evidence::from_bytes(bytes).map_err(damaged)?;
+    let evidence = Evidence { accused, place: (group, member), frames: frames.into_vec() };
     let mut environments: BTreeMap<String, Arc<dyn Environment>> = BTreeMap::new();
     let mut weights: BTreeMap<Version, Policy> = BTreeMap::new();
     for frame in &evidence.frames {
@@ -69,20 +82,6 @@ pub(crate) fn check(path: &Path, data_dir: &Path, network: &NetworkId) -> Result
         )
     })?;
     Ok((evidence.accused, verdict))
-}
-
-fn read(path: &Path) -> Result<Evidence, CommandError> {
-    let damaged =
-        |why: &dyn std::fmt::Display| CommandError::usage(format!("{} is no evidence: {why}", path.display()));
-    let bytes = fs::read(path).map_err(|error| damaged(&error))?;
-    let file: File = serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
-    let decode = |text: &String| {
-        let bytes = hex::decode(text).map_err(|error| damaged(&error))?;
-        codec::decode::<Received<RolloutFrame>>("rollouts", &bytes, MAX_FRAME_BYTES).map_err(|error| damaged(&error))
-    };
-    let frames = file.frames.iter().map(decode).collect::<Result<_, _>>()?;
-    let accused = file.accused.parse().map_err(|error| damaged(&error))?;
-    Ok(Evidence { accused, place: (GroupId(file.group), file.member), frames })
 }
 
 /// Loads a version that is on this disk, whole, and named by a manifest of its owner.
@@ -126,16 +125,23 @@ mod tests {
                 completion,
                 reward,
                 finish: Finish::Stop,
-                segments: vec![Segment { version: Version::default(), from: 0 }],
+                segments: vec![Segment { version: Version::from_hash(Hash::from_bytes([4; 32])), from: 0 }],
             };
             let frame = RolloutFrame::new(policy.clone(), 1, WallTime::from_millis(1), &[rollout]).unwrap();
             let frame = Verified::sign(&key, &network, frame).unwrap();
-            let path = dir.path().join("evidence.json");
-            write(&path, (key.node_id(), GroupId(3), 1), &frame).unwrap();
-            let verdict = check(&path, dir.path(), &network);
+            let accused = keep(dir.path(), (key.node_id(), GroupId(3), 1), Charge::WrongReward, &frame).unwrap();
+            let path = path_of(dir.path(), &accused.evidence);
+            let bytes = fs::read(&path).unwrap();
+            assert_eq!(misbehaviour::Evidence::hash(&bytes), accused.evidence);
+            assert_eq!((bytes.len() as u64, accused.accused), (accused.evidence_bytes, key.node_id()));
+            assert_eq!(
+                (accused.policy, accused.version),
+                (policy.clone(), Version::from_hash(Hash::from_bytes([4; 32])))
+            );
+            let verdict = check_file(&path, dir.path(), &network);
             if convicts {
                 assert_eq!(verdict.unwrap(), (key.node_id(), Verdict::WrongReward { recomputed: 1.0 }));
-                assert!(check(&path, dir.path(), &"another".parse().unwrap()).is_err(), "signed for another network");
+                assert!(check(&bytes, dir.path(), &"another".parse().unwrap()).is_err(), "signed for another network");
             } else {
                 assert!(verdict.unwrap_err().to_string().contains("nothing is found"));
             }

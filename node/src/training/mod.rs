@@ -24,6 +24,7 @@
 //! | [`sessions`] | who is connected, and whom to connect to |
 //! | [`disk`], [`library`] | frames and chunks on disk; a policy's versions |
 //! | [`evidence`] | what a convicted sampler signed, for anybody to check |
+//! | [`notice`] | when the ledger is told how far a policy is |
 //! | [`metrics`] | its figures for Prometheus |
 
 mod commons;
@@ -36,6 +37,7 @@ mod learning;
 mod lease;
 pub(crate) mod library;
 pub(crate) mod metrics;
+mod notice;
 mod room;
 mod sampler;
 mod sampling;
@@ -243,6 +245,7 @@ fn open(
         disk,
         library.clone(),
         broadcast,
+        means.node.clone(),
         means.rng.fork(),
         means.epoch,
     );

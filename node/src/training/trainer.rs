@@ -12,9 +12,11 @@ use std::time::Instant;
 use chorus_core::{JobError, JobEvent};
 use chorus_machine::{Machine, Outbox};
 use chorus_protocol::capability::SamplingOffer;
-use chorus_protocol::policy::{Manifest, Version};
+use chorus_protocol::entry::Body;
+use chorus_protocol::misbehaviour::Misbehaviour;
+use chorus_protocol::policy::{Manifest, PolicyNotice, Version};
 use chorus_protocol::rollout::Bulk;
-use chorus_protocol::{JobId, NodeId};
+use chorus_protocol::{JobId, List, NodeId, Text};
 use chorus_rollout::buffer::{Buffer, BufferEffect, BufferInput, LearnerAwaits, Progress};
 use chorus_rollout::capacity::Load;
 use chorus_rollout::hiring::{HiringInput, Track};
@@ -27,6 +29,7 @@ use super::disk::{Done, Job};
 use super::external::Desk;
 use super::hires::Hires;
 use super::learning::{Audit, Learned, Lesson, Teacher};
+use super::notice::Notices;
 use crate::config::TrainerSection;
 use crate::driver::wall;
 
@@ -36,6 +39,8 @@ const SAVE_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
 const MEASURE_EVERY: std::time::Duration = std::time::Duration::from_secs(1);
 /// Updates in a row that may come to nothing before the run stops and says so.
 const MAX_SKIPPED: u32 = 10;
+/// Accusations that may wait for the node's loop.
+const MAX_ACCUSATIONS: usize = 256;
 
 /// Why a run has ended, if it has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +71,9 @@ pub(super) struct TrainerRole {
     audit: (AuditTally, f64),
     /// Samplers that were convicted: nothing of theirs is taken any more.
     struck: BTreeSet<NodeId>,
+    /// What the ledger is still to be told against them.
+    accusations: VecDeque<Misbehaviour>,
+    notices: Notices,
     unsigned: u64,
     frame_bytes: u64,
     tokens: u64,
@@ -100,6 +108,8 @@ impl TrainerRole {
             skipped: 0,
             audit: (AuditTally::default(), 0.0),
             struck: BTreeSet::new(),
+            accusations: VecDeque::new(),
+            notices: Notices::default(),
             unsigned: 0,
             frame_bytes: 0,
             tokens: 0,
@@ -229,7 +239,10 @@ impl TrainerRole {
         match done {
             Done::Persisted { key, ok: true } => self.tell(room, BufferInput::Persisted(key)),
             Done::Persisted { key, ok: false } => self.tell(room, BufferInput::PersistFailed(key)),
-            Done::Loaded { .. } | Done::Stored { .. } | Done::Read { .. } => {}
+            Done::Evidence(accusation) if self.accusations.len() < MAX_ACCUSATIONS => {
+                self.accusations.push_back(*accusation);
+            }
+            Done::Evidence(_) | Done::Loaded { .. } | Done::Stored { .. } | Done::Read { .. } => {}
         }
     }
 
@@ -257,8 +270,10 @@ impl TrainerRole {
     fn examined(&mut self, room: &mut Commons, audit: Audit) {
         for Finding { sampler, group, member, verdict } in &audit.findings {
             tracing::warn!(sampler = %sampler.fmt_short(), group = group.0, member, ?verdict, "not learned from");
-            if verdict.accuses() && self.struck.insert(*sampler) {
-                let _ = room.disk.submit(Job::Evidence { sampler: *sampler, group: *group, member: *member });
+            if let Some(charge) = verdict.charge()
+                && self.struck.insert(*sampler)
+            {
+                let _ = room.disk.submit(Job::Evidence { sampler: *sampler, group: *group, member: *member, charge });
                 room.sessions.close(*sampler);
                 self.hire(room, HiringInput::Bar(*sampler));
             }
@@ -333,17 +348,48 @@ impl TrainerRole {
         }
     }
 
+    /// Does what is due now and then.
+    pub(super) fn tick(&mut self, room: &mut Commons) {
+        self.save_again();
+        self.measure(room);
+        self.notify(room);
+        while let Some(accusation) = self.accusations.pop_front() {
+            if !room.append(Body::Misbehaviour(Box::new(accusation.clone()))) {
+                self.accusations.push_front(accusation);
+                break;
+            }
+        }
+    }
+
+    /// Tells hiring what was measured.
+    fn measure(&mut self, room: &mut Commons) {
+        if self.measured.elapsed() < MEASURE_EVERY {
+            return;
+        }
+        self.measured = Instant::now();
+        let needed = self.load().map(|load| load.verdict(false).needed);
+        let tracks = self.buffer.tracks().collect();
+        self.hire(room, HiringInput::Measured { needed, tracks });
+    }
+
+    /// Says in the ledger how far the policy is, when that is due. The last word waits for the last version.
+    fn notify(&mut self, room: &Commons) {
+        let Some((version, step)) = self.published else { return };
+        let (now, running) = (Instant::now(), self.end.is_none() || self.saving);
+        if !self.notices.is_due(now, version, running) {
+            return;
+        }
+        let environments = self.section.environments.iter().map(|name| Text::truncated(name));
+        let environments = List::truncated(environments);
+        let notice = PolicyNotice { name: room.policy.name.clone(), version, step, environments, running };
+        if room.append(Body::Policy(Box::new(notice))) {
+            self.notices.said(now, version, running);
+        }
+    }
+
     /// Tries again to write a checkpoint that the disk did not take. Only while no batch is out: then weights and buffer are of one
     /// moment. The learner comes to that point by itself, since nothing newer than the last checkpoint is published.
-    ///
-    /// And tells hiring what was measured.
-    pub(super) fn tick(&mut self, room: &mut Commons) {
-        if self.measured.elapsed() >= MEASURE_EVERY {
-            self.measured = Instant::now();
-            let needed = self.load().map(|load| load.verdict(false).needed);
-            let tracks = self.buffer.tracks().collect();
-            self.hire(room, HiringInput::Measured { needed, tracks });
-        }
+    fn save_again(&mut self) {
         let due = self.unsaved.as_ref().is_some_and(|(_, since)| since.elapsed() >= SAVE_AGAIN);
         if due && !self.saving && self.learning_since.is_none() {
             let progress = self.buffer.progress();

@@ -30,6 +30,7 @@ mod fit;
 mod tests;
 
 use chorus_protocol::NodeId;
+use chorus_protocol::misbehaviour::Charge;
 use chorus_protocol::policy::Version;
 use chorus_protocol::rollout::GroupId;
 
@@ -81,10 +82,20 @@ impl Verdict {
     /// Returns whether the sampler is at fault beyond doubt.
     #[must_use]
     pub const fn accuses(&self) -> bool {
-        matches!(
-            self,
-            Self::WrongReward { .. } | Self::WrongPrompt | Self::WrongVersion { .. } | Self::Edited(_) | Self::Copied
-        )
+        self.charge().is_some()
+    }
+
+    /// Returns what the sampler is accused of, if it is at fault beyond doubt.
+    #[must_use]
+    pub const fn charge(&self) -> Option<Charge> {
+        match self {
+            Self::WrongReward { .. } => Some(Charge::WrongReward),
+            Self::WrongPrompt => Some(Charge::WrongPrompt),
+            Self::WrongVersion { .. } => Some(Charge::WrongVersion),
+            Self::Edited(_) => Some(Charge::Edited),
+            Self::Copied => Some(Charge::Copied),
+            Self::Honest | Self::Repeated | Self::Unjudged(_) | Self::UnknownVersion => None,
+        }
     }
 }
 
