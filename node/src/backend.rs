@@ -349,6 +349,12 @@ impl Backend for NodeBackend {
         })
     }
 
+    async fn evidence(&self, evidence: Hash) -> Result<Vec<u8>, BackendError> {
+        let room = self.room.as_ref().ok_or(BackendError::NoTraining)?;
+        let found = room.evidence(evidence).await.ok_or(BackendError::ShuttingDown)?;
+        found.map_err(|reason| BackendError::NoEvidence { evidence, reason })
+    }
+
     async fn batch(&self, wait: Duration) -> Result<Option<Rollouts>, BackendError> {
         self.desk()?.batch(wait).await
     }

@@ -12,6 +12,7 @@ use crate::process::RUN_FILE;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+const FETCH_TIMEOUT: Duration = Duration::from_secs(130);
 /// How long an event stream may be silent. The API sends a comment every five seconds when it has nothing to say.
 const SILENCE: Duration = Duration::from_secs(16);
 /// The longest line that an event stream may hold.
@@ -48,6 +49,12 @@ impl ApiClient {
     pub(crate) async fn text(&self, path: &str) -> Result<String, CommandError> {
         let request = self.http.get(format!("{}{path}", self.base)).timeout(REQUEST_TIMEOUT);
         self.send(request).await?.text().await.map_err(CommandError::machine)
+    }
+
+    /// Gets bytes for which the node may have to ask others.
+    pub(crate) async fn bytes(&self, path: &str) -> Result<Vec<u8>, CommandError> {
+        let request = self.http.get(format!("{}{path}", self.base)).timeout(FETCH_TIMEOUT);
+        self.send(request).await?.bytes().await.map(Into::into).map_err(CommandError::machine)
     }
 
     pub(crate) async fn post(&self, path: &str, body: &Value) -> Result<Value, CommandError> {

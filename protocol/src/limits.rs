@@ -49,6 +49,8 @@ pub const MAX_ROLLOUT_TOKENS: usize = 128 * 1024;
 pub const MAX_EVIDENCE_FRAMES: usize = 256;
 /// One piece of evidence.
 pub const MAX_EVIDENCE_BYTES: usize = 64 * 1024 * 1024;
+/// A piece of evidence in one message.
+pub const MAX_EVIDENCE_PIECE_BYTES: usize = 1024 * 1024;
 /// The smallest chunk that a manifest may cut its files into.
 pub const MIN_CHUNK_BYTES: usize = 1024;
 /// The largest chunk that a manifest may cut its files into.

@@ -1,6 +1,7 @@
 //! Whole processes over real sockets, disks and models: one binary, so that everything heavy is linked once.
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
+mod accusation;
 mod answers;
 mod api;
 mod faults;

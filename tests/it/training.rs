@@ -13,7 +13,7 @@ fn ready() -> PathBuf {
 }
 
 /// Small updates, so that a test sees many of them.
-fn trainer(more: &str) -> NodeOptions {
+pub(crate) fn trainer(more: &str) -> NodeOptions {
     let config = format!(
         "[engine]\nthreads = 1\n[trainer]\npolicy = \"lesson\"\nfrom = \"{}\"\nbatch = 4\nmembers = 4\nevaluate_every = 1000\n{more}",
         ready().display()
@@ -21,7 +21,7 @@ fn trainer(more: &str) -> NodeOptions {
     NodeOptions { config, ..NodeOptions::asker() }
 }
 
-fn sampler(trainer: &Node) -> NodeOptions {
+pub(crate) fn sampler(trainer: &Node) -> NodeOptions {
     // One thread, since other tests want the processor too.
     let config = "[engine]\nthreads = 1\n".to_owned();
     NodeOptions { config, args: vec!["--sample".into(), format!("lesson@{}", trainer.id())], ..NodeOptions::asker() }
@@ -113,6 +113,38 @@ fn a_node_that_samples_for_anybody_is_hired_by_the_beacon_accounts_for_each_term
     wait_for("a sampler that is free again", || training(&swarm.nodes[pupil]).filter(|room| room["name"] == "any"));
     let policies = std::fs::read_dir(swarm.nodes[pupil].dir().join("policies")).unwrap().count();
     assert_eq!(policies, 0, "what it fetched for somebody else is gone");
+}
+
+#[test]
+fn a_node_that_joins_learns_of_the_policy_from_its_ledger_alone() {
+    let mut swarm = Swarm::new("it-policy-known");
+    let teacher = swarm.start(&trainer("staleness = 2\nsteps = 1"));
+    let policy = |node: &Node| {
+        let (_, page) = node.get("/v1/ledger?kind=policy");
+        let entry = page["entries"].as_array()?.last()?.clone();
+        Some((entry["author"].clone(), entry["body"]["policy"].clone()))
+    };
+    let plain = swarm.start(&NodeOptions::asker());
+    let (owner, known) = wait_for("the policy", || policy(&swarm.nodes[plain]));
+    assert_eq!((owner, &known["name"]), (json!(swarm.nodes[teacher].id()), &json!("lesson")));
+    assert_eq!((&known["step"], &known["running"]), (&json!(0), &json!(true)));
+    assert_eq!(known["environments"], json!(["arithmetic-2"]));
+    let named = format!("lesson@{}", swarm.nodes[teacher].id());
+    let listed = swarm.nodes[plain].command(&["policy", "ls"]).output().unwrap();
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    assert!(listed.contains(&named) && listed.contains("arithmetic-2"), "{listed}");
+    // What it reads there is all that it takes to sample; the end is told too.
+    let args = vec!["--sample".into(), named];
+    swarm.start(&NodeOptions { config: "[engine]\nthreads = 1\n".into(), args, ..NodeOptions::asker() });
+    wait_for("the end of the run", || {
+        let (_, known) = policy(&swarm.nodes[plain])?;
+        (known["step"] == json!(1) && known["running"] == json!(false)).then_some(())
+    });
+    // The trainer need not be there for it to be known.
+    swarm.nodes[teacher].kill();
+    let late = swarm.start(&NodeOptions::asker());
+    let (_, known) = wait_for("the policy on a node that came late", || policy(&swarm.nodes[late]));
+    assert_eq!(known["step"], json!(1));
 }
 
 #[test]

@@ -46,6 +46,10 @@ pub trait Backend: Send + Sync + 'static {
     /// Returns the learning curve of this node's trainer, or [`BackendError::NoTraining`].
     async fn curve(&self, form: CurveForm) -> Result<String, BackendError>;
 
+    /// Returns evidence against a sampler: this node's own, or fetched from whoever holds it, and then its hash is right. Gives up after
+    /// a while with [`BackendError::NoEvidence`].
+    async fn evidence(&self, evidence: Hash) -> Result<Vec<u8>, BackendError>;
+
     /// Returns the batch that a trainer outside the node is to learn from next, the same until its weights came; nothing when there
     /// is none within `wait`.
     async fn batch(&self, wait: Duration) -> Result<Option<Rollouts>, BackendError>;

@@ -49,6 +49,14 @@ pub enum BackendError {
         "this node trains its policy itself, or none; start the trainer with `chorus trainer run --external` to train it from outside"
     )]
     NotExternal,
+    /// Evidence that nobody hands out.
+    #[error("no evidence {evidence} could be had: {reason}")]
+    NoEvidence {
+        /// Its hash.
+        evidence: Hash,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// The weights are of another update than the one that is waited for.
     #[error("{}", other_step(*given, *expected))]
     OtherStep {
@@ -160,6 +168,7 @@ impl BackendError {
             | Self::TaskNotFound { .. }
             | Self::EntryNotFound { .. }
             | Self::PeerNotFound { .. }
+            | Self::NoEvidence { .. }
             | Self::NoTraining => 404,
             Self::NotExternal | Self::OtherStep { .. } => 409,
             Self::TooLarge { .. } => 413,
@@ -187,6 +196,7 @@ impl BackendError {
             Self::NoEngine => "no_engine",
             Self::NoEmbedder => "no_embedder",
             Self::NoTraining => "no_training",
+            Self::NoEvidence { .. } => "no_evidence",
             Self::NotExternal => "not_external",
             Self::TooLarge { .. } => "body_too_large",
             Self::OtherStep { .. } => "other_step",

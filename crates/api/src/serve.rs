@@ -94,6 +94,7 @@ fn router(app: App) -> Router {
         .route("/v1/peers/{node}", post(node::set_blocked))
         .route("/v1/training", get(training::status))
         .route("/v1/training/curve", get(training::curve))
+        .route("/v1/training/evidence/{hash}", get(training::evidence))
         .route("/v1/training/batch", get(training::batch))
         .route(WEIGHTS_ROUTE, get(training::weights).post(training::learned))
         .route("/v1/ledger", get(node::ledger))

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Query, Request, State};
+use axum::extract::{Path, Query, Request, State};
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
@@ -23,6 +23,9 @@ const STEP: HeaderName = HeaderName::from_static("x-chorus-step");
 const NUMBERS: &str = "application/octet-stream";
 /// How long a batch is waited for when the request does not say, and at most.
 const WAIT: (Duration, Duration) = (Duration::from_secs(20), Duration::from_secs(60));
+
+/// How long evidence is fetched at most; the backend gives up by itself when nothing comes.
+const FETCH: Duration = Duration::from_secs(120);
 
 /// What stands behind the question mark.
 type Params = BTreeMap<String, String>;
@@ -43,6 +46,17 @@ pub(crate) async fn curve(State(app): State<App>, Query(params): Query<Params>) 
     };
     let curve = within(app.cfg.request_timeout, "the learning curve", app.backend.curve(form)).await?;
     Ok(([(header::CONTENT_TYPE, kind)], curve).into_response())
+}
+
+/// `GET /v1/training/evidence/{hash}`.
+pub(crate) async fn evidence(State(app): State<App>, Path(hash): Path<String>) -> Result<Response, Fault> {
+    let hash = hash.parse().map_err(|error| Fault::field("hash", "invalid_value", format!("{error}")))?;
+    let _place = app.stream()?;
+    let bytes = tokio::select! {
+        bytes = within(FETCH, "the evidence", app.backend.evidence(hash)) => bytes?,
+        () = app.shutdown.cancelled() => return Err(BackendError::ShuttingDown.into()),
+    };
+    Ok(numbers(Body::from(bytes)).into_response())
 }
 
 /// `GET /v1/training/batch?wait_s=`.

@@ -14,6 +14,7 @@
 //! | [`buffer`] | the trainer's side: groups, staleness, exactly once, batches, who samples what |
 //! | [`sampler`] | the sampler's side: the right weights, frames, the spool |
 //! | [`broadcast`] | versions to all nodes, chunk by chunk, at about one copy from their owner |
+//! | [`evidence`] | evidence from whoever holds it, piece by piece |
 //! | [`pacing`] | how much may be begun so that nothing is made to be thrown away |
 //! | [`capacity`] | how many samplers a learner needs, and which are worth their price |
 //! | [`hiring`] | who samples, by leases that the beacon grants |
@@ -45,6 +46,7 @@
 pub mod broadcast;
 pub mod buffer;
 pub mod capacity;
+pub mod evidence;
 pub mod hiring;
 pub mod pacing;
 pub mod plan;

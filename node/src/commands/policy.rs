@@ -164,10 +164,6 @@ fn versions(config: &Config, begins: Option<&str>) -> Result<Vec<Found>, Command
 
 fn list(config: &Config, as_json: bool) -> Result<(), CommandError> {
     let found = versions(config, None)?;
-    let known = match block_on(online_rows(config, Some("policy"))) {
-        Err(error) if error.kind() == Kind::NotRunning => Vec::new(),
-        known => known?,
-    };
     if found.is_empty() && !as_json {
         println!("no versions here; a node that trains or samples keeps its newest ones");
     }
@@ -183,6 +179,10 @@ fn list(config: &Config, as_json: bool) -> Result<(), CommandError> {
             println!("{version}  step {:>6}  {:>9.1} KiB  {}", manifest.step, kib(bytes), manifest.policy);
         }
     }
+    let known = match block_on(online_rows(config, Some("policy"))) {
+        Err(error) if error.kind() == Kind::NotRunning => Vec::new(),
+        known => known?,
+    };
     for row in &known {
         print_known(row, as_json);
     }

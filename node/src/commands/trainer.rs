@@ -1,11 +1,14 @@
 //! `chorus trainer`: train a policy on what the swarm samples, and look at how it goes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use chorus_protocol::Hash;
+use chorus_protocol::misbehaviour::Evidence;
 use clap::Subcommand;
 use serde_json::Value;
 
 use super::block_on;
+use super::ledger::online_rows;
 use super::run;
 use crate::client::ApiClient;
 use crate::config::{Config, EngineKind};
@@ -23,10 +26,14 @@ pub(crate) enum TrainerCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Check what a convicted sampler signed, as kept in the data directory under training/evidence
+    /// List the accusations that the ledger holds; or check what a convicted sampler signed
     Evidence {
-        /// The file
-        file: PathBuf,
+        /// A file, as kept under training/evidence in the data directory; or the beginning of the hash of evidence that the ledger
+        /// names, which a running node that trains or samples fetches
+        what: Option<String>,
+        /// Print JSON for a program instead of a table for a person
+        #[arg(long)]
+        json: bool,
     },
     /// The learning curve
     Curve {
@@ -78,11 +85,10 @@ pub(crate) fn trainer(mut config: Config, model: bool, command: TrainerCommand) 
             run::run(config, format)
         }
         TrainerCommand::Status { json } => status(&config, json),
-        TrainerCommand::Evidence { file } => {
-            let (accused, verdict) = evidence::check_file(&file, &config.data_dir, &config.network_id()?)?;
-            println!("{accused} is convicted: {verdict:?}");
-            Ok(())
-        }
+        TrainerCommand::Evidence { what, json } => match what {
+            None => accusations(&config, json),
+            Some(what) => check_evidence(&config, &what),
+        },
         TrainerCommand::Curve { csv, svg } => curve(
             &config,
             if csv {
@@ -120,6 +126,62 @@ fn apply(config: &mut Config, args: RunArgs, model: bool) -> Result<(), CommandE
         config.engine.kind = EngineKind::None;
     }
     Ok(())
+}
+
+/// Lists what the ledger of the running node says that others did.
+fn accusations(config: &Config, json: bool) -> Result<(), CommandError> {
+    let rows = block_on(online_rows(config, Some("misbehaviour")))?;
+    if rows.is_empty() && !json {
+        println!("nobody is accused of anything");
+    }
+    for row in &rows {
+        if json {
+            println!("{row}");
+            continue;
+        }
+        let accusation = &row["body"]["misbehaviour"];
+        let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+        println!(
+            "{}  {} is accused of {} in {}, version {}, by {}",
+            text(&accusation["evidence"]),
+            text(&accusation["accused"]),
+            text(&accusation["charge"]),
+            text(&accusation["policy"]["name"]),
+            text(&accusation["version"]).get(..8).unwrap_or("-"),
+            text(&row["author"]),
+        );
+    }
+    Ok(())
+}
+
+/// Computes evidence again: a file's, or what the running node has or fetches.
+fn check_evidence(config: &Config, what: &str) -> Result<(), CommandError> {
+    let network = config.network_id()?;
+    let path = Path::new(what);
+    let (accused, verdict) = if path.exists() {
+        evidence::check_file(path, &config.data_dir, &network)?
+    } else {
+        evidence::check(&fetch(config, what)?, &config.data_dir, &network)?
+    };
+    println!("{accused} is convicted: {verdict:?}");
+    Ok(())
+}
+
+/// Has the running node fetch the evidence of an accusation.
+fn fetch(config: &Config, begins: &str) -> Result<Vec<u8>, CommandError> {
+    let rows = block_on(online_rows(config, Some("misbehaviour")))?;
+    let named = |row: &Value| row["body"]["misbehaviour"]["evidence"].as_str().map(str::to_owned);
+    let known = rows.iter().filter_map(named).find(|hash| hash.starts_with(begins));
+    let hash = known.or_else(|| begins.parse::<Hash>().ok().map(|hash| hash.to_string())).ok_or_else(|| {
+        CommandError::usage(format!("'{begins}' is no file, and no accusation names evidence that begins so"))
+            .hint("chorus trainer evidence lists the accusations that the ledger holds")
+    })?;
+    let bytes = block_on(async { ApiClient::new(config)?.bytes(&format!("/v1/training/evidence/{hash}")).await })?;
+    if Evidence::hash(&bytes).to_string() == hash {
+        Ok(bytes)
+    } else {
+        Err(CommandError::failed("what the node sent does not have the evidence's hash; is it a node of this version?"))
+    }
 }
 
 fn status(config: &Config, json: bool) -> Result<(), CommandError> {

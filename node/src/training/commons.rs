@@ -93,6 +93,11 @@ impl Commons {
         work(&mut Ctx { now: clock(self.epoch), wall: wall(), rng: &mut self.rng })
     }
 
+    /// Returns the time by this room's clock.
+    pub(super) fn now(&self) -> Time {
+        clock(self.epoch)
+    }
+
     /// Returns how long a machine's deadline is away.
     pub(super) fn until(&self, deadline: Time) -> std::time::Duration {
         deadline.since(clock(self.epoch))

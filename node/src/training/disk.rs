@@ -14,12 +14,13 @@ use chorus_protocol::limits::{ENVELOPE_OVERHEAD_BYTES, MAX_CHUNK_BYTES, MAX_ROLL
 use chorus_protocol::misbehaviour::{Charge, Misbehaviour};
 use chorus_protocol::policy::{Manifest, Version};
 use chorus_protocol::rollout::{GroupId, RolloutFrame};
-use chorus_protocol::{Admitted, NetworkId, NodeId, Received, Verified, codec};
+use chorus_protocol::{Admitted, Hash, NetworkId, NodeId, Received, Verified, codec};
 use chorus_rollout::buffer::FrameKey;
 use chorus_store::{Batch, Durability, Record, Store, StoreError};
 use tokio::sync::mpsc;
 
 use super::evidence;
+use super::exchange::Piece;
 use super::library::Library;
 
 /// Jobs that may wait.
@@ -49,6 +50,12 @@ pub(super) enum Job {
     Delete(Vec<FrameKey>),
     /// Keep the frame in which a sampler signed a rollout, where nothing deletes it.
     Evidence { sampler: NodeId, group: GroupId, member: u16, charge: Charge },
+    /// Read a piece of evidence for somebody.
+    ReadEvidence { to: NodeId, evidence: Hash, from: u64 },
+    /// Read all of it.
+    LoadEvidence(Hash),
+    /// Keep what came from somebody else and has this hash.
+    KeepEvidence { evidence: Hash, bytes: Vec<u8> },
 }
 
 /// What became of it.
@@ -75,11 +82,17 @@ pub(super) enum Done {
     },
     /// The evidence is kept: this can be said in the ledger.
     Evidence(Box<Misbehaviour>),
+    EvidenceRead(Piece),
+    EvidenceLoaded {
+        evidence: Hash,
+        bytes: Option<Vec<u8>>,
+    },
 }
 
 /// The way to the thread. When it is dropped, what was asked is still done.
 pub(super) struct Disk {
     queue: SyncSender<Job>,
+    evidence: PathBuf,
 }
 
 impl Disk {
@@ -94,13 +107,18 @@ impl Disk {
         let (queue, jobs) = sync_channel(QUEUE);
         let (done_tx, done) = mpsc::channel(QUEUE);
         let evidence = directory.join("evidence");
-        let worker = Worker { store, library, network, evidence, done: done_tx };
+        let worker = Worker { store, library, network, evidence: evidence.clone(), done: done_tx };
         let path = directory.to_owned();
         std::thread::Builder::new()
             .name("chorus-training".to_owned())
             .spawn(move || worker.run(&jobs))
             .map_err(|error| StoreError::Io { path, detail: error.to_string() })?;
-        Ok((Self { queue }, done, frames))
+        Ok((Self { queue, evidence }, done, frames))
+    }
+
+    /// Returns where evidence is kept.
+    pub(super) fn evidence(&self) -> &Path {
+        &self.evidence
     }
 
     /// Asks for something, or gives it back when too much waits already: the disk does not keep up.
@@ -164,6 +182,19 @@ impl Worker {
                 self.tell(Done::Loaded { key, frame });
             }
             Job::Evidence { sampler, group, member, charge } => self.keep_evidence((sampler, group, member), charge),
+            Job::ReadEvidence { to, evidence, from } => {
+                let found = evidence::read_piece(&self.evidence, &evidence, from).ok();
+                self.tell(Done::EvidenceRead(Piece { to, evidence, from, found }));
+            }
+            Job::LoadEvidence(evidence) => {
+                let bytes = evidence::load(&self.evidence, &evidence).ok();
+                self.tell(Done::EvidenceLoaded { evidence, bytes });
+            }
+            Job::KeepEvidence { evidence, bytes } => {
+                if let Err(error) = evidence::store(&self.evidence, &evidence, &bytes) {
+                    tracing::warn!(%error, %evidence, "the evidence was not kept");
+                }
+            }
             Job::Delete(keys) => {
                 let records = keys.into_iter().map(|key| record(key, None)).collect();
                 let batch = Batch { records, durability: Durability::Relaxed, ..Batch::default() };
@@ -204,12 +235,13 @@ impl Worker {
             let mut rollouts = frame.rollouts();
             frame.author() == sampler && rollouts.any(|rollout| (rollout.group(), rollout.member()) == (group, member))
         };
-        let frames = self.store.records(FRAMES).unwrap_or_default();
-        let frame = frames.iter().filter_map(|(_, bytes)| decode(bytes, &self.network)).find(holds);
-        let Some(frame) = frame else {
+        let records = self.store.records(FRAMES).unwrap_or_default();
+        let frames: Vec<_> = records.iter().filter_map(|(_, bytes)| decode(bytes, &self.network)).collect();
+        let Some(frame) = frames.iter().find(|frame| holds(frame)).cloned() else {
             return tracing::warn!(sampler = %sampler.fmt_short(), "the frame that convicts it is not on disk any more");
         };
-        match evidence::keep(&self.evidence, (sampler, group, member), charge, &frame) {
+        let involved = if charge == Charge::Copied { evidence::up_to(frames, &frame) } else { vec![frame.clone()] };
+        match evidence::keep(&self.evidence, (sampler, group, member), charge, (&frame, &involved)) {
             Ok(accusation) => {
                 tracing::warn!(sampler = %sampler, evidence = %accusation.evidence, "what it signed is kept as evidence");
                 self.tell(Done::Evidence(Box::new(accusation)));

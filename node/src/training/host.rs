@@ -114,5 +114,8 @@ fn answer(ask: Ask) {
         Ask::Curve(reply) => {
             let _ = reply.send(None);
         }
+        Ask::Evidence(_, reply) => {
+            let _ = reply.send(Err("this node is between two leases; ask one that trains or samples".to_owned()));
+        }
     }
 }

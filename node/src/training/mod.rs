@@ -23,13 +23,14 @@
 //! | [`external`] | somebody outside the node learns instead |
 //! | [`sessions`] | who is connected, and whom to connect to |
 //! | [`disk`], [`library`] | frames and chunks on disk; a policy's versions |
-//! | [`evidence`] | what a convicted sampler signed, for anybody to check |
+//! | [`evidence`], [`exchange`] | what a convicted sampler signed, for anybody to check; how others come by it |
 //! | [`notice`] | when the ledger is told how far a policy is |
 //! | [`metrics`] | its figures for Prometheus |
 
 mod commons;
 mod disk;
 pub(crate) mod evidence;
+mod exchange;
 pub(crate) mod external;
 mod hires;
 mod host;
@@ -55,7 +56,7 @@ use chorus_machine::Rng;
 use chorus_net::{BulkConfig, BulkEvent, BulkHandle, BulkPlane, NetHandle};
 use chorus_protocol::policy::PolicyId;
 use chorus_protocol::rollout::RolloutFrame;
-use chorus_protocol::{NetworkId, NodeId, SecretKey, Text, Verified};
+use chorus_protocol::{Hash, NetworkId, NodeId, SecretKey, Text, Verified};
 use chorus_rollout::broadcast::{Broadcast, BroadcastConfig};
 use chorus_rollout::buffer::{Buffer, BufferConfig, Mode};
 use chorus_rollout::plan::Plan;
@@ -119,6 +120,13 @@ impl TrainingHandle {
     pub(crate) async fn status(&self) -> Option<Value> {
         let (reply, answer) = oneshot::channel();
         self.asks.send(Ask::Status(reply)).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Returns evidence by its hash, from here or from whoever holds it, or why there is none; nothing when the process is ending.
+    pub(crate) async fn evidence(&self, evidence: Hash) -> Option<Result<Vec<u8>, String>> {
+        let (reply, answer) = oneshot::channel();
+        self.asks.send(Ask::Evidence(evidence, reply)).await.ok()?;
         answer.await.ok()
     }
 

@@ -19,6 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::commons::Commons;
 use super::disk::Done;
+use super::evidence;
+use super::exchange::{self, Exchange};
 use super::external::Desk;
 use super::hires::Hires;
 use super::learning::Learned;
@@ -56,6 +58,7 @@ pub(crate) enum News {
 pub(super) enum Ask {
     Status(oneshot::Sender<Value>),
     Curve(oneshot::Sender<Option<Curve>>),
+    Evidence(Hash, exchange::Reply),
 }
 
 /// Where inputs come from, whichever room is open.
@@ -101,6 +104,7 @@ pub(super) struct Room {
     role: Role,
     net: NetHandle,
     node: NodeHandle,
+    exchange: Exchange,
     sources: Sources,
     works: Works,
     /// How long a room that nobody hires any more stays open; none for one that is open for good.
@@ -132,6 +136,7 @@ impl Room {
             role,
             net,
             node,
+            exchange: Exchange::default(),
             sources,
             works,
             linger,
@@ -211,6 +216,9 @@ impl Room {
             }
         }
         let _ = self.net.provide(self.place);
+        for evidence in evidence::held(self.commons.disk.evidence()) {
+            self.exchange.provide(&self.net, evidence);
+        }
     }
 
     fn deadline(&self) -> Option<Time> {
@@ -253,6 +261,7 @@ impl Room {
             self.seek_at = now + self.seek_every;
             self.seek_every = (self.seek_every * 2).min(SEEK.1);
         }
+        self.exchange.tick(&mut self.commons, &self.net);
         self.commons.sessions.pump(now);
     }
 
@@ -265,7 +274,7 @@ impl Room {
     fn news(&mut self, news: News) {
         match news {
             News::Providers(key, nodes) if key == self.place => self.commons.sessions.providers(&nodes),
-            News::Providers(..) => {}
+            News::Providers(key, nodes) => self.exchange.holders(&mut self.commons, &self.net, key, &nodes),
             News::PeerUp(node) => self.commons.sessions.hurry(node),
             News::Banned(node) => self.commons.sessions.close(node),
             news => self.leases(news),
@@ -297,10 +306,19 @@ impl Room {
     fn disk_done(&mut self, done: Done) {
         match self.commons.disk_done(done) {
             Ok(ready) => self.take_ready(ready),
-            Err(done) => match &mut self.role {
-                Role::Sampler(role) => role.disk_done(&mut self.commons, done),
-                Role::Trainer(role) => role.disk_done(&mut self.commons, done),
-            },
+            Err(Done::EvidenceRead(piece)) => self.exchange.read(&mut self.commons, piece),
+            Err(Done::EvidenceLoaded { evidence, bytes }) => {
+                self.exchange.loaded(&mut self.commons, &self.net, evidence, bytes);
+            }
+            Err(done) => {
+                if let Done::Evidence(accusation) = &done {
+                    self.exchange.provide(&self.net, accusation.evidence);
+                }
+                match &mut self.role {
+                    Role::Sampler(role) => role.disk_done(&mut self.commons, done),
+                    Role::Trainer(role) => role.disk_done(&mut self.commons, done),
+                }
+            }
         }
     }
 
@@ -333,6 +351,9 @@ impl Room {
                 if self.commons.sessions.closed(session, node) {
                     self.gone(node);
                 }
+                if !self.commons.sessions.has(node) {
+                    self.exchange.gone(&mut self.commons, &self.net, node);
+                }
             }
         }
     }
@@ -341,7 +362,8 @@ impl Room {
         if self.commons.sessions.opened(session, node, way, inbound) {
             self.gone(node);
         }
-        if inbound {
+        let is_guest = self.exchange.opened(&mut self.commons, node);
+        if inbound || is_guest {
             return;
         }
         match &mut self.role {
@@ -379,6 +401,7 @@ impl Room {
             let ready = self.commons.tell(BroadcastInput::Message { from: node, message });
             return self.take_ready(ready);
         }
+        let Some(message) = self.exchange.message(&mut self.commons, &self.net, node, message) else { return };
         match &mut self.role {
             Role::Sampler(role) if node == self.commons.policy.owner => {
                 role.tell(&mut self.commons, SamplerInput::Message(message));
@@ -400,7 +423,7 @@ impl Room {
         self.take_ready(ready);
     }
 
-    fn answer(&self, ask: Ask) {
+    fn answer(&mut self, ask: Ask) {
         // Whoever asked may have gone meanwhile.
         match ask {
             Ask::Status(reply) => {
@@ -414,6 +437,7 @@ impl Room {
                 }
                 let _ = reply.send(status);
             }
+            Ask::Evidence(evidence, reply) => self.exchange.ask(&self.commons, evidence, reply),
             Ask::Curve(reply) => {
                 let curve = match &self.role {
                     Role::Trainer(role) => Some(role.curve().clone()),

@@ -204,7 +204,11 @@ impl SamplerRole {
             Done::Persisted { key, ok: true } => self.tell(room, SamplerInput::Persisted(key.sequence)),
             Done::Persisted { key, ok: false } => self.tell(room, SamplerInput::PersistFailed(key.sequence)),
             Done::Loaded { key, frame } => self.tell(room, SamplerInput::Loaded { sequence: key.sequence, frame }),
-            Done::Evidence(_) | Done::Stored { .. } | Done::Read { .. } => {}
+            Done::Evidence(_)
+            | Done::EvidenceRead(_)
+            | Done::EvidenceLoaded { .. }
+            | Done::Stored { .. }
+            | Done::Read { .. } => {}
         }
     }
 

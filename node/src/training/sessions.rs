@@ -68,6 +68,21 @@ impl Sessions {
         }
     }
 
+    /// Begins to connect with a node for another reason than the policy. Returns whether nothing else has begun that already.
+    pub(super) fn reach(&mut self, node: NodeId) -> bool {
+        let fresh = !self.links.contains_key(&node) && !self.attempts.contains_key(&node);
+        if fresh {
+            self.seek(node);
+        }
+        fresh
+    }
+
+    /// Ends what [`Self::reach`] began.
+    pub(super) fn forget(&mut self, node: NodeId) {
+        self.attempts.remove(&node);
+        self.close(node);
+    }
+
     /// A node that is waited for is connected now, so the next attempt need not wait.
     pub(super) fn hurry(&mut self, node: NodeId) {
         if let Some(attempt) = self.attempts.get_mut(&node) {
@@ -119,6 +134,11 @@ impl Sessions {
             self.attempts.remove(&node);
         }
         true
+    }
+
+    /// Returns whether a session with a node stands.
+    pub(super) fn has(&self, node: NodeId) -> bool {
+        self.links.contains_key(&node)
     }
 
     /// Returns whether a message belongs to the session that stands with its node.

@@ -242,7 +242,12 @@ impl TrainerRole {
             Done::Evidence(accusation) if self.accusations.len() < MAX_ACCUSATIONS => {
                 self.accusations.push_back(*accusation);
             }
-            Done::Evidence(_) | Done::Loaded { .. } | Done::Stored { .. } | Done::Read { .. } => {}
+            Done::Evidence(_)
+            | Done::EvidenceRead(_)
+            | Done::EvidenceLoaded { .. }
+            | Done::Loaded { .. }
+            | Done::Stored { .. }
+            | Done::Read { .. } => {}
         }
     }
 

@@ -7,7 +7,8 @@ use super::frame::RolloutFrame;
 use super::parts::GroupId;
 use crate::bounded::{List, Text};
 use crate::codec::{self, DecodeError};
-use crate::limits::{MAX_BULK_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS};
+use crate::id::Hash;
+use crate::limits::{MAX_BULK_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS, MAX_EVIDENCE_PIECE_BYTES};
 use crate::policy::{Manifest, PolicyId, Version};
 use crate::signed::Received;
 
@@ -217,6 +218,24 @@ pub enum Bulk {
         version: Version,
         /// Its number.
         index: u32,
+    },
+    /// "Send me evidence from this byte on." Needs no hello; one at a time.
+    WantEvidence {
+        /// Its hash.
+        evidence: Hash,
+        /// The first byte that is wanted.
+        from: u64,
+    },
+    /// A piece of evidence.
+    Evidence {
+        /// Its hash.
+        evidence: Hash,
+        /// Where in it the piece begins.
+        from: u64,
+        /// Bytes of all of it; 0 when the sender does not have it.
+        total: u64,
+        /// As many as fit, at least one if there are any left.
+        bytes: List<u8, MAX_EVIDENCE_PIECE_BYTES>,
     },
 }
 

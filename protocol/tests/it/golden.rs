@@ -375,6 +375,7 @@ fn every_file_is_compared() {
             "digests.json",
             "direct.json",
             "entry.json",
+            "evidence.json",
             "identity.json",
             "lease.json",
             "ledger-gossip.json",

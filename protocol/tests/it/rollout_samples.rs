@@ -1,6 +1,7 @@
 //! Fixed rollouts, manifests and bulk messages.
 
 use chorus_protocol::job::Finish;
+use chorus_protocol::misbehaviour::Evidence;
 use chorus_protocol::policy::{Manifest, ManifestBuilder, PolicyId, Version};
 use chorus_protocol::rollout::{
     Assignment, Bulk, Credit, GroupId, Hello, Refusal, Rollout, RolloutFrame, Segment, Want, WorkReport,
@@ -69,6 +70,11 @@ pub fn frame(base: u32) -> RolloutFrame {
     RolloutFrame::new(policy(), 17, made(), &rollouts(base)).unwrap()
 }
 
+pub fn evidence() -> Evidence {
+    let frames = List::new(vec![samples::sign(samples::EXECUTOR, frame(100)).to_wire()]).unwrap();
+    Evidence { accused: samples::key(samples::EXECUTOR).node_id(), group: GroupId(3), member: 2, frames }
+}
+
 pub fn messages() -> Vec<(&'static str, Bulk)> {
     let version = manifest().version;
     let indices = List::new(vec![0, 2, 300]).unwrap();
@@ -113,5 +119,15 @@ pub fn messages() -> Vec<(&'static str, Bulk)> {
         ("cancel", Bulk::Cancel { version, indices }),
         ("chunk", Bulk::Chunk { version, index: 2, bytes: List::new(vec![7; 20]).unwrap() }),
         ("no-chunk", Bulk::NoChunk { version, index: 2 }),
+        ("want-evidence", Bulk::WantEvidence { evidence: Hash::from_bytes([0xee; 32]), from: 1_048_576 }),
+        (
+            "evidence",
+            Bulk::Evidence {
+                evidence: Hash::from_bytes([0xee; 32]),
+                from: 1_048_576,
+                total: 1_048_580,
+                bytes: List::new(vec![9; 4]).unwrap(),
+            },
+        ),
     ]
 }

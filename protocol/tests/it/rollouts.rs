@@ -1,6 +1,7 @@
 //! Rollout frames, manifests and bulk messages: round trip, every way in which bytes can be wrong, and the golden vectors.
 
 use chorus_protocol::limits::{MAX_CHUNK_BYTES, MAX_CHUNKS};
+use chorus_protocol::misbehaviour::Evidence;
 use chorus_protocol::policy::{Manifest, ManifestError, PolicyFile};
 use chorus_protocol::rollout::{Bulk, FrameError, GroupId, Rollout, RolloutFrame, Segment};
 use chorus_protocol::{DecodeError, Hash, List, Signable, Text, Verified, WallTime, codec};
@@ -218,6 +219,23 @@ fn the_largest_manifest_and_chunk_fit() {
     let bytes = List::new(vec![1; MAX_CHUNK_BYTES]).unwrap();
     let chunk = Bulk::Chunk { version: sample::version(1), index: u32::MAX, bytes };
     assert_eq!(Bulk::from_bytes(&chunk.to_bytes().unwrap()).unwrap(), chunk);
+}
+
+#[test]
+fn golden_evidence() {
+    let evidence = sample::evidence();
+    let bytes = evidence.to_bytes().unwrap();
+    let made = json!({
+        "name": "evidence",
+        "bytes": hex::encode(&bytes),
+        "hash": hex::encode(Evidence::hash(&bytes).as_bytes()),
+    });
+    let about = "Evidence against the key of 32 bytes 02: the frame of bulk.json, group 3, member 2.";
+    let written = golden::check("evidence", about, vec![made]);
+    assert_eq!(Evidence::from_bytes(&golden::hex_of(&written[0], "bytes")).unwrap(), evidence);
+    for cut in 0..bytes.len() {
+        assert!(Evidence::from_bytes(&bytes[..cut]).is_err(), "cut to {cut}");
+    }
 }
 
 #[test]

@@ -60,6 +60,21 @@ async fn who_waits_for_a_batch_is_sent_away_when_the_node_ends() {
 }
 
 #[tokio::test]
+async fn evidence_comes_as_the_bytes_that_it_is_or_the_reason_why_it_does_not() {
+    let api = start().await;
+    let hash = "ab".repeat(32);
+    let response = api.request(Method::GET, &format!("/v1/training/evidence/{hash}")).send().await.unwrap();
+    assert_eq!(
+        (response.status().as_u16(), response.headers()["content-type"].to_str().unwrap()),
+        (200, "application/octet-stream")
+    );
+    assert_eq!(response.bytes().await.unwrap(), vec![0xab; 32]);
+    let none = api.get(&format!("/v1/training/evidence/{}", "00".repeat(32))).await;
+    assert_error(&none, 404, "no_evidence");
+    assert_error(&api.get("/v1/training/evidence/12").await, 400, "invalid_value");
+}
+
+#[tokio::test]
 async fn weights_are_taken_for_the_step_that_waits_and_for_no_other() {
     let api = start().await;
     assert_error(&api.get("/v1/training/weights").await, 409, "not_external");

@@ -146,6 +146,8 @@ fn every_message(key: &SecretKey) -> Vec<Bulk> {
         Bulk::Cancel { version: version(), indices: indices() },
         chunk(1, 4 << 20),
         Bulk::NoChunk { version: version(), index: 1 },
+        Bulk::WantEvidence { evidence: Hash::ZERO, from: 7 },
+        Bulk::Evidence { evidence: Hash::ZERO, from: 7, total: 9, bytes: List::new(vec![1; 2]).unwrap() },
     ]
 }
 
