@@ -1,11 +1,16 @@
 //! A sampler that lies: it is caught, the whole swarm hears of it, and anybody can fetch what it signed and compute it again.
 //!
-//! The liar is no node of the product. It speaks the bulk plane as a node would, and makes up every reward.
+//! The liar is no process of the product. It is a node like any other up to its engine: it offers itself in the ledger, bids, and takes the
+//! trainer's lease. But it makes up every reward.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use chorus_net::{BulkConfig, BulkEvent, BulkPlane, Net, NetConfig, NetEvent, Ticket, Verdict};
+use chorus_core::{Command, Effect, Input, NetInput, NodeConfig, StoreInput, Topic};
+use chorus_machine::{Ctx, Machine, Outbox, Rng, Time};
+use chorus_net::{BulkConfig, BulkEvent, BulkPlane, GossipToken, Net, NetConfig, NetEvent, NetHandle, Ticket, Verdict};
+use chorus_protocol::capability::{Capability, SamplingOffer};
 use chorus_protocol::job::Finish;
 use chorus_protocol::policy::{PolicyId, Version};
 use chorus_protocol::rollout::{Assignment, Bulk, Hello, Rollout, RolloutFrame, Segment};
@@ -39,6 +44,97 @@ fn lies(work: &Assignment, version: Version) -> Vec<Rollout> {
     (work.first..work.first + work.members).map(one).collect()
 }
 
+fn wall() -> WallTime {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    WallTime::from_millis(u64::try_from(since.as_millis()).unwrap())
+}
+
+/// The liar up to its engine: a node whose disk takes everything and whose runs run for ever.
+struct Facade {
+    node: chorus_core::Node,
+    rng: Rng,
+    epoch: Instant,
+    net: NetHandle,
+    tokens: BTreeMap<u64, GossipToken>,
+}
+
+impl Facade {
+    fn new(key: SecretKey, net: NetHandle) -> Self {
+        let node = chorus_core::Node::new(NodeConfig::new(NETWORK.parse().unwrap()), key);
+        let mut facade = Self { node, rng: Rng::from_u64(7), epoch: Instant::now(), net, tokens: BTreeMap::new() };
+        let capability = Capability {
+            name: Text::truncated("liar"),
+            software: Text::default(),
+            models: Default::default(),
+            devices: Default::default(),
+            slots: 0,
+            skills: Default::default(),
+            tools: Default::default(),
+            sampling: Some(SamplingOffer { slots: 16, price_milli: 0, policy: None }),
+        };
+        facade.handle(Some(Input::Command(Command::Offer(Box::new(capability)))));
+        facade
+    }
+
+    fn now(&self) -> Time {
+        Time::from_nanos(u64::try_from(self.epoch.elapsed().as_nanos()).unwrap())
+    }
+
+    fn sleep(&self) -> Duration {
+        self.node.deadline().map_or(Duration::from_secs(1), |at| at.since(self.now()).min(Duration::from_secs(1)))
+    }
+
+    /// Tells the node something, or that time has passed.
+    fn handle(&mut self, input: Option<Input>) {
+        let mut inputs = VecDeque::from([input]);
+        while let Some(input) = inputs.pop_front() {
+            let (mut out, now) = (Outbox::new(), self.now());
+            let mut cx = Ctx { now, wall: wall(), rng: &mut self.rng };
+            match input {
+                Some(input) => self.node.handle(&mut cx, input, &mut out),
+                None => self.node.expire(&mut cx, &mut out),
+            }
+            for effect in out.drain() {
+                match effect {
+                    Effect::Publish { topic: Topic::Ledger, bytes } => {
+                        let _ = self.net.publish(chorus_net::Topic::Ledger, bytes);
+                    }
+                    Effect::Send { to, bytes } => {
+                        let _ = self.net.send(to, 0, bytes);
+                    }
+                    Effect::Validate { token, .. } => {
+                        let token = self.tokens.remove(&token).unwrap();
+                        let _ = self.net.validated(token, Verdict::Ignore);
+                    }
+                    Effect::Persist(batch) => {
+                        inputs.push_back(Some(Input::Store(StoreInput::Persisted { batch: batch.batch })));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn heard(&mut self, event: NetEvent) {
+        let input = match event {
+            NetEvent::PeerUp { node, .. } => NetInput::PeerUp(node),
+            NetEvent::PeerDown { node, .. } => NetInput::PeerDown(node),
+            NetEvent::Message { from, bytes } => NetInput::Direct { from, bytes },
+            NetEvent::Gossip { topic, from, token, bytes } => {
+                let number = self.tokens.len() as u64;
+                self.tokens.insert(number, token);
+                let topic = match topic {
+                    chorus_net::Topic::Ledger => Topic::Ledger,
+                    chorus_net::Topic::Beacon => Topic::Beacon,
+                };
+                NetInput::Gossip { token: number, from, topic, bytes }
+            }
+            _ => return,
+        };
+        self.handle(Some(Input::Net(input)));
+    }
+}
+
 /// Samples for a policy until it is shown the door.
 async fn lie(key: SecretKey, ticket: Ticket, policy: PolicyId) {
     let mut net = NetConfig::new(NETWORK.parse().unwrap());
@@ -47,14 +143,17 @@ async fn lie(key: SecretKey, ticket: Ticket, policy: PolicyId) {
     let (net, mut heard) = Net::start(net, &key).await.unwrap();
     let bulk = BulkConfig { listen: vec!["127.0.0.1:0".parse().unwrap()], ..BulkConfig::default() };
     let (bulk, mut events) = BulkPlane::start(bulk, &key, &net).await.unwrap();
+    let mut facade = Facade::new(key.clone(), net);
     let (mut sequence, mut opening) = (0, None);
-    loop {
+    let until = Instant::now() + Duration::from_secs(60);
+    while Instant::now() < until {
         tokio::select! {
-            Some(event) = heard.recv() => match event {
-                NetEvent::PeerUp { node, .. } if node == policy.owner => opening = bulk.open(node).ok(),
-                NetEvent::Gossip { token, .. } => net.validated(token, Verdict::Ignore).unwrap(),
-                _ => {}
-            },
+            Some(event) = heard.recv() => {
+                if matches!(&event, NetEvent::PeerUp { node, .. } if *node == policy.owner) {
+                    opening = bulk.open(policy.owner).ok();
+                }
+                facade.heard(event);
+            }
             Some(event) = events.recv() => match event {
                 BulkEvent::Opened { session, .. } => {
                     let policy = policy.clone();
@@ -64,9 +163,7 @@ async fn lie(key: SecretKey, ticket: Ticket, policy: PolicyId) {
                 BulkEvent::Message { session, message: Bulk::Assign { credit, work }, .. } if !work.is_empty() => {
                     let rollouts: Vec<Rollout> = work.iter().flat_map(|work| lies(work, credit.version)).collect();
                     sequence += 1;
-                    let made = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
-                    let made = WallTime::from_millis(u64::try_from(made).unwrap());
-                    let frame = RolloutFrame::new(policy.clone(), sequence, made, &rollouts).unwrap();
+                    let frame = RolloutFrame::new(policy.clone(), sequence, wall(), &rollouts).unwrap();
                     let frame = Verified::sign(&key, &NETWORK.parse().unwrap(), frame).unwrap();
                     bulk.send(session, &Bulk::Frame(frame.to_wire()), None).unwrap();
                 }
@@ -74,9 +171,10 @@ async fn lie(key: SecretKey, ticket: Ticket, policy: PolicyId) {
                 BulkEvent::Closed { .. } => opening = bulk.open(policy.owner).ok(),
                 _ => {}
             },
-            () = tokio::time::sleep(Duration::from_secs(60)) => panic!("nothing happens"),
+            () = tokio::time::sleep(facade.sleep()) => facade.handle(None),
         }
     }
+    panic!("nobody shows the liar the door");
 }
 
 fn accusations(node: &Node) -> Vec<Value> {

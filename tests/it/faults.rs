@@ -6,13 +6,13 @@ use chorus_tests::{NodeOptions, Swarm, wait_for};
 use serde_json::{Value, json};
 
 /// A long answer, so that there is a middle to crash in.
-pub fn long_task() -> Value {
+pub(crate) fn long_task() -> Value {
     let question = "Tell a very long story about a lighthouse keeper, year by year.";
     json!({"question": question, "strategy": "direct", "max_tokens": 300, "temperature": 1.0, "seed": 3, "deadline_s": 55})
 }
 
 /// The index of the node that runs a job now.
-pub fn runner(swarm: &Swarm) -> usize {
+pub(crate) fn runner(swarm: &Swarm) -> usize {
     wait_for("an executor at work", || {
         swarm
             .nodes

@@ -418,6 +418,27 @@ fn versions_that_come_faster_than_they_travel_skip_but_never_starve() {
 }
 
 #[test]
+fn an_owner_that_has_moved_on_is_followed_at_once() {
+    for workers in 1..=3 {
+        let mut world = scaled(workers + 1, 1);
+        world.mesh();
+        // Sixteen chunks of 1 MiB take 1.3 s; a new version comes five times as often.
+        for step in 1..=80 {
+            let until = world.now + Duration::from_millis(250);
+            world.publish(step, 16, 4096);
+            world.at(until, Event::Wake { node: OWNER });
+            world.run(|world| world.now >= until);
+        }
+        for node in &world.nodes[1..] {
+            let mut whole: Vec<Time> = node.whole.values().copied().chain([Time::ZERO, world.now]).collect();
+            whole.sort();
+            let longest = whole.windows(2).map(|pair| pair[1].since(pair[0])).max().unwrap();
+            assert!(longest < Duration::from_millis(4_500), "{workers} workers: nothing new for {longest:?}");
+        }
+    }
+}
+
+#[test]
 fn a_full_disk_is_waited_for_and_named() {
     let mut world = scaled(3, 1);
     world.nodes[1].disk_full_until = Time::from_millis(8_000);

@@ -115,7 +115,7 @@ fn what_is_broken_on_purpose_is_noticed() {
         (Mutant::Lax, Rule::WithinStaleness),
         (Mutant::ServesEarly, Rule::WholeVersions),
         (Mutant::PublishesEarly, Rule::WholeVersions),
-        (Mutant::NeverDismisses, Rule::NoWorkWithoutLease),
+        (Mutant::HiresEarly, Rule::NoWorkWithoutLease),
     ] {
         let outcome = run_broken(&small(), 1, mutant);
         let found = outcome.violation.map(|violation| violation.rule);

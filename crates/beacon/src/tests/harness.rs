@@ -12,7 +12,7 @@ use chorus_protocol::beacon::{Beacon, Receipt};
 use chorus_protocol::bounded::Text;
 use chorus_protocol::capability::Capability;
 use chorus_protocol::entry::Body;
-use chorus_protocol::job::Failure;
+use chorus_protocol::job::{Failure, Pool};
 use chorus_protocol::message::{BeaconGossip, Direct, Frame};
 use chorus_protocol::{JobId, NodeId, SecretKey, Verified, WallTime};
 
@@ -135,7 +135,7 @@ impl World {
         capability.slots = slots;
         let capability = Arc::new(capability);
         let id = self.nodes[node].id;
-        self.nodes[node].slots = slots;
+        self.nodes[node].slots = slots + capability.slots_of(Pool::Sampling);
         for other in 0..self.nodes.len() {
             let capability = Some(Arc::clone(&capability));
             self.requester(other, RequesterInput::Capability { node: id, capability });

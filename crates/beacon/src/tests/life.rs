@@ -56,7 +56,7 @@ fn jobs_handed_in_together_share_the_swarm_without_waiting_for_windows() {
     }
     world.run_for(Duration::from_millis(60));
     let leases: Vec<_> = world.nodes[0].requester.leases().collect();
-    let nodes: std::collections::BTreeSet<_> = leases.iter().map(|lease| lease.executor).collect();
+    let nodes: BTreeSet<_> = leases.iter().map(|lease| lease.executor).collect();
     assert_eq!((leases.len(), nodes.len()), (5, 5), "a reservation that comes free goes to the next beacon that waits");
     world.run_for(10 * SECOND);
     world.assert_settled(5);
@@ -377,7 +377,7 @@ fn a_small_swarm_is_asked_whole_and_of_a_large_one_the_best() {
 #[test]
 fn equals_are_invited_in_turn() {
     let (mut world, _) = crowd(60, 0);
-    let mut bidders = std::collections::BTreeSet::new();
+    let mut bidders = BTreeSet::new();
     for n in 1..=8 {
         world.submit(0, spec(n, world.now, 5 * SECOND));
         world.run_for(SECOND);

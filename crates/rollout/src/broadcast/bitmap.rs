@@ -67,6 +67,17 @@ impl Bitmap {
         true
     }
 
+    /// Marks a chunk as not there.
+    pub fn remove(&mut self, index: u32) {
+        if !self.contains(index) {
+            return;
+        }
+        if let Some(byte) = usize::try_from(index / 8).ok().and_then(|byte| self.bytes.get_mut(byte)) {
+            *byte &= !(1 << (index % 8));
+            self.set -= 1;
+        }
+    }
+
     /// Returns how many chunks there are in all.
     #[must_use]
     pub fn len(&self) -> u32 {

@@ -132,8 +132,29 @@ impl Broadcast {
         if held.asked.get(&index).is_some_and(|asked| asked.of == from) {
             held.asked.remove(&index);
             peer.asked = peer.asked.saturating_sub(1);
-            peer.paused_until = Some(now + self.cfg.pause);
+            // It is not asked for that one again until it offers it again.
+            if let Some(has) = peer.has.get_mut(&version) {
+                has.remove(index);
+            }
+            // An owner that has moved on to newer versions is not to blame for it, and those are to be had from it.
+            if from != self.policy.owner || self.next.is_none() {
+                peer.paused_until = Some(now + self.cfg.pause);
+            }
         }
+    }
+
+    /// Returns when the version that arrives is given up for the next one: after a long time without progress, and after a short one if
+    /// nobody offers what it lacks while the next one is offered. Its owner does not come back to it.
+    pub(super) fn give_up_at(&self) -> Option<Time> {
+        let next = self.held.get(&self.next?)?;
+        let new = |peer: &Peer| {
+            let has = (!peer.banned).then(|| peer.has.get(&next.manifest.version)).flatten();
+            has.is_some_and(|has| has.iter().any(|index| !next.have.contains(index)))
+        };
+        let arriving = self.arriving.and_then(|version| self.held.get(&version));
+        let idle = arriving.is_some_and(|held| held.asked.is_empty() && held.storing.is_empty());
+        let dead_end = idle && self.disk_retry.is_none() && self.peers.values().any(new);
+        Some(self.progress_at + if dead_end { self.cfg.dead_end } else { self.cfg.stall })
     }
 
     pub(super) fn stored(&mut self, now: Time, version: Version, index: u32, out: &mut Outbox<BroadcastEffect>) {

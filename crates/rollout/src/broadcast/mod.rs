@@ -63,6 +63,8 @@ pub struct BroadcastConfig {
     pub pause: Duration,
     /// How long a version may make no progress before a newer one takes its place. Default 15 s.
     pub stall: Duration,
+    /// And how long if nobody offers what it lacks, while a newer one is offered. Default 200 ms.
+    pub dead_end: Duration,
     /// Whether this node serves others at all. Only a comparison turns it off. Default true.
     pub share: bool,
     /// The largest version that is taken from others, in bytes. Default 16 GiB.
@@ -80,6 +82,7 @@ impl Default for BroadcastConfig {
             offer_timeout: Duration::from_secs(2),
             pause: Duration::from_secs(5),
             stall: Duration::from_secs(15),
+            dead_end: Duration::from_millis(200),
             share: true,
             max_bytes: 16 << 30,
         }
@@ -422,8 +425,7 @@ impl Machine for Broadcast {
         let asked = self.held.values().flat_map(|held| held.asked.values().map(|asked| asked.deadline)).min();
         let offers = self.held.values().flat_map(|held| held.offers.values().filter_map(|offer| offer.expires)).min();
         let paused = self.peers.values().filter_map(|peer| peer.paused_until).min();
-        let stall = self.next.map(|_| self.progress_at + self.cfg.stall);
-        [asked, offers, paused, stall, self.disk_retry, self.plea_at()].into_iter().fold(None, earliest)
+        [asked, offers, paused, self.give_up_at(), self.disk_retry, self.plea_at()].into_iter().fold(None, earliest)
     }
 
     fn expire(&mut self, cx: &mut Ctx<'_>, out: &mut Outbox<BroadcastEffect>) {
@@ -435,7 +437,7 @@ impl Machine for Broadcast {
             peer.paused_until = peer.paused_until.filter(|until| *until > cx.now);
         }
         self.disk_retry = self.disk_retry.filter(|at| *at > cx.now);
-        if self.next.is_some() && self.progress_at + self.cfg.stall <= cx.now {
+        if self.give_up_at().is_some_and(|at| at <= cx.now) {
             self.arriving = None;
             self.choose_arriving(cx.now);
         }

@@ -62,6 +62,9 @@ impl World {
             match effect {
                 HiringEffect::Submit { job, node, deadline } => {
                     let place = self.places[&node];
+                    if self.mutant == Mutant::HiresEarly {
+                        self.buffer(Some(BufferInput::Hired(node)));
+                    }
                     let at = self.now + self.rng.between(ELECTION.0, ELECTION.1);
                     let life = self.hosts[0].life;
                     self.queue.push(at, Event::Elected { life, place, job });
@@ -72,11 +75,7 @@ impl World {
                     self.leases.held.remove(&job);
                 }
                 HiringEffect::Hired(node) => self.buffer(Some(BufferInput::Hired(node))),
-                HiringEffect::Dismissed(node) => {
-                    if self.mutant != Mutant::NeverDismisses {
-                        self.buffer(Some(BufferInput::Dismissed(node)));
-                    }
-                }
+                HiringEffect::Dismissed(node) => self.buffer(Some(BufferInput::Dismissed(node))),
             }
         }
         self.plan_wake(0);

@@ -42,8 +42,8 @@ pub enum Mutant {
     ServesEarly,
     /// A version is published before its checkpoint is on disk.
     PublishesEarly,
-    /// The buffer is not told that a lease has ended.
-    NeverDismisses,
+    /// A sampler is taken for hired when its job is handed in.
+    HiresEarly,
 }
 
 /// A member that an engine samples.
