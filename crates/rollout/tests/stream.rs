@@ -9,8 +9,10 @@ use std::time::Duration;
 use chorus_machine::{Ctx, Machine, Outbox, Rng, Time, WallTime};
 use chorus_protocol::job::Finish;
 use chorus_protocol::policy::{PolicyId, Version};
-use chorus_protocol::rollout::{Bulk, GroupId, Hello, Refusal, Rollout, RolloutFrame, Segment};
-use chorus_protocol::{Hash, NetworkId, NodeId, SecretKey, Text, Verified};
+use chorus_protocol::rollout::{
+    Assignment, Bulk, Credit, GroupId, Hello, Refusal, Rollout, RolloutFrame, Segment, Want,
+};
+use chorus_protocol::{Hash, List, NetworkId, NodeId, SecretKey, Text, Verified};
 use chorus_rollout::buffer::{
     Batch, Buffer, BufferConfig, BufferEffect, BufferInput, FrameKey, LearnerAwaits, Mode, Progress,
 };
@@ -776,4 +778,37 @@ fn what_does_not_count_is_named() {
         matches!(e, BufferEffect::Send { message: Bulk::Nack { reason: Refusal::WrongPolicy, .. }, .. })
     };
     assert!(effects.iter().any(nack));
+}
+
+/// An update that changes no weight makes no new version. Who serves it must not wait for another that never comes.
+#[test]
+fn a_version_that_stays_the_same_stands_for_the_later_step() {
+    let mut sampler = Sampler::new(SamplerConfig::new(policy(), 2), network(), key(0), &[]);
+    let (mut rng, mut out) = (Rng::from_u64(1), Outbox::new());
+    let mut handle = |input| {
+        let mut cx = Ctx { now: Time::from_millis(1), wall: WallTime::default(), rng: &mut rng };
+        sampler.handle(&mut cx, input, &mut out);
+        out.drain().collect::<Vec<_>>()
+    };
+    handle(SamplerInput::Connected);
+    handle(SamplerInput::Serving { version: version(7), step: 7 });
+    let assign = |version, step| {
+        let credit = Credit { until: 1, version, step, staleness: 0 };
+        let work = Assignment {
+            group: GroupId(1),
+            environment: Text::new("arithmetic").unwrap(),
+            seed: 1,
+            first: 0,
+            members: 1,
+            want: Want::AtLeast { step: 8 },
+            deadline_ms: 1_000,
+        };
+        SamplerInput::Message(Bulk::Assign { credit, work: List::truncated([work]) })
+    };
+    let begins = |effects: &[SamplerEffect]| effects.iter().any(|effect| matches!(effect, SamplerEffect::Start { .. }));
+    assert!(!begins(&handle(assign(version(8), 8))), "another version is to come");
+    let effects = handle(assign(version(7), 8));
+    assert!(begins(&effects), "{effects:?}");
+    let told = |effect: &SamplerEffect| matches!(effect, SamplerEffect::Send(Bulk::Serving { step: 8, .. }));
+    assert!(effects.iter().any(told), "{effects:?}");
 }

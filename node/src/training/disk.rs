@@ -165,7 +165,11 @@ impl Worker {
                 self.tell(Done::Stored { version: manifest.version, index, ok: written.is_ok() });
             }
             Job::Read { to, manifest, index } => {
-                let bytes = self.library.read_chunk(&manifest, index).ok();
+                let bytes = self.library.read_chunk(&manifest, index);
+                if let Err(error) = &bytes {
+                    tracing::warn!(%error, version = ?manifest.version, index, "a chunk was not read");
+                }
+                let bytes = bytes.ok();
                 self.tell(Done::Read { to, version: manifest.version, index, bytes });
             }
             Job::Forget(version) => {

@@ -226,9 +226,15 @@ impl Library {
         let (manifest, _) = builder.finish(policy.clone(), parent, step, made)?;
         let directory = self.directory(manifest.version);
         fs::create_dir_all(&directory).map_err(at(&directory))?;
-        for name in &names {
-            let target = directory.join(name);
-            fs::copy(source.join(name), &target).map_err(at(&target))?;
+        for file in &manifest.files {
+            let target = directory.join(file.name.as_str());
+            // It may be here already, and others may be reading it: an update that changes no weight makes the same version again.
+            if fs::metadata(&target).is_ok_and(|found| found.len() == file.bytes) {
+                continue;
+            }
+            let fresh = directory.join(format!(".{}.new", file.name));
+            fs::copy(source.join(file.name.as_str()), &fresh).map_err(at(&fresh))?;
+            fs::rename(&fresh, &target).map_err(at(&target))?;
         }
         Ok(manifest)
     }

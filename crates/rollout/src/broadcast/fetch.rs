@@ -94,7 +94,9 @@ impl Broadcast {
     ) -> Result<(), BroadcastFault> {
         let (Some(held), Some(peer)) = (self.held.get_mut(&version), self.peers.get_mut(&from)) else { return Ok(()) };
         let asked = held.asked.get(&index).filter(|asked| asked.of == from).copied();
-        if asked.is_none() {
+        if asked.is_none() && peer.owed > 0 {
+            peer.owed -= 1;
+        } else if asked.is_none() {
             peer.unasked += 1;
             if peer.unasked > MAX_UNASKED {
                 return Err(BroadcastFault::Unasked);
@@ -127,34 +129,68 @@ impl Broadcast {
         Ok(())
     }
 
-    pub(super) fn no_chunk(&mut self, now: Time, from: NodeId, version: Version, index: u32) {
+    pub(super) fn no_chunk(
+        &mut self,
+        now: Time,
+        from: NodeId,
+        (version, index): (Version, u32),
+        out: &mut Outbox<BroadcastEffect>,
+    ) {
         let (Some(held), Some(peer)) = (self.held.get_mut(&version), self.peers.get_mut(&from)) else { return };
-        if held.asked.get(&index).is_some_and(|asked| asked.of == from) {
-            held.asked.remove(&index);
-            peer.asked = peer.asked.saturating_sub(1);
-            // It is not asked for that one again until it offers it again.
-            if let Some(has) = peer.has.get_mut(&version) {
-                has.remove(index);
-            }
-            // An owner that has moved on to newer versions is not to blame for it, and those are to be had from it.
-            if from != self.policy.owner || self.next.is_none() {
-                peer.paused_until = Some(now + self.cfg.pause);
-            }
+        if held.asked.get(&index).is_none_or(|asked| asked.of != from) {
+            return;
+        }
+        held.asked.remove(&index);
+        peer.asked = peer.asked.saturating_sub(1);
+        // It is not asked for that one again until it offers it again.
+        if let Some(has) = peer.has.get_mut(&version) {
+            has.remove(index);
+        }
+        if from == self.policy.owner && self.next.is_some() && self.arriving == Some(version) {
+            // Its owner has moved on, and is not to blame for it: what is left of it here is of no use to anybody.
+            self.forget(version, out);
+            self.give_up(now);
+        } else {
+            peer.paused_until = Some(now + self.cfg.pause);
         }
     }
 
-    /// Returns when the version that arrives is given up for the next one: after a long time without progress, and after a short one if
-    /// nobody offers what it lacks while the next one is offered. Its owner does not come back to it.
+    /// Returns when the version that arrives is given up: after a long time without progress, or, if nobody offers what it lacks while
+    /// another one is offered, after a short one; at once if nothing of it is here. An owner does not come back to what it has left.
     pub(super) fn give_up_at(&self) -> Option<Time> {
-        let next = self.held.get(&self.next?)?;
-        let new = |peer: &Peer| {
-            let has = (!peer.banned).then(|| peer.has.get(&next.manifest.version)).flatten();
-            has.is_some_and(|has| has.iter().any(|index| !next.have.contains(index)))
+        let wait = match self.arriving.and_then(|version| self.held.get(&version)) {
+            Some(held) if self.offered_instead(held).is_none() => self.next.map(|_| self.cfg.stall),
+            Some(held) if held.have.is_empty() => Some(Duration::ZERO),
+            Some(_) => Some(self.cfg.dead_end),
+            None => None,
         };
-        let arriving = self.arriving.and_then(|version| self.held.get(&version));
-        let idle = arriving.is_some_and(|held| held.asked.is_empty() && held.storing.is_empty());
-        let dead_end = idle && self.disk_retry.is_none() && self.peers.values().any(new);
-        Some(self.progress_at + if dead_end { self.cfg.dead_end } else { self.cfg.stall })
+        wait.map(|wait| self.progress_at + wait)
+    }
+
+    /// Turns from a version that does not come to one that does.
+    pub(super) fn give_up(&mut self, now: Time) {
+        let held = self.arriving.and_then(|version| self.held.get(&version));
+        self.arriving = held.and_then(|held| self.offered_instead(held));
+        self.drop_asked();
+        self.progress_at = now;
+        self.choose_arriving(now);
+    }
+
+    /// Returns the newest version that somebody offers, when nothing is under way of the one that arrives.
+    fn offered_instead(&self, arriving: &Held) -> Option<Version> {
+        if !arriving.asked.is_empty() || !arriving.storing.is_empty() || self.disk_retry.is_some() {
+            return None;
+        }
+        let whole = self.held.values().filter(|held| held.have.is_full()).map(Held::order).max();
+        let open =
+            |held: &&Held| !held.have.is_full() && Some(held.order()) > whole && held.order() != arriving.order();
+        let offered = |held: &&Held| {
+            let news = |has: &Bitmap| has.iter().any(|index| !held.have.contains(index));
+            let version = held.manifest.version;
+            self.peers.values().any(|peer| peer.offers(version) && peer.has.get(&version).is_some_and(news))
+        };
+        let newest = self.held.values().filter(open).filter(offered).max_by_key(|held| held.order());
+        newest.map(|held| held.manifest.version)
     }
 
     pub(super) fn stored(&mut self, now: Time, version: Version, index: u32, out: &mut Outbox<BroadcastEffect>) {

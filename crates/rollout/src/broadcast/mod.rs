@@ -267,6 +267,8 @@ struct Peer {
     /// It lied: nothing is asked of it any more.
     banned: bool,
     unasked: u32,
+    /// Chunks of versions that were given up: they were asked of it, and may still come.
+    owed: u32,
 }
 
 /// The broadcast of one policy's versions, as one node takes part in it.
@@ -286,6 +288,8 @@ pub struct Broadcast {
     /// The version that the owner offers, and when somebody last asked for some of it.
     offering: Option<(Version, Time)>,
     wasted: u64,
+    /// The version of which the owner offered something last: it is what others have too.
+    dealt: Option<Version>,
     /// The size of the newest version that was announced, if that is more than is taken.
     too_large: Option<u64>,
 }
@@ -308,6 +312,7 @@ impl Broadcast {
             uploads: Uploads::default(),
             offering: None,
             wasted: 0,
+            dealt: None,
             too_large: None,
         }
     }
@@ -391,7 +396,7 @@ impl Broadcast {
             }
             Bulk::Chunk { version, index, bytes } => self.chunk(cx.now, from, (version, index), bytes, out),
             Bulk::NoChunk { version, index } => {
-                self.no_chunk(cx.now, from, version, index);
+                self.no_chunk(cx.now, from, (version, index), out);
                 Ok(())
             }
             _ => Ok(()),
@@ -438,8 +443,7 @@ impl Machine for Broadcast {
         }
         self.disk_retry = self.disk_retry.filter(|at| *at > cx.now);
         if self.give_up_at().is_some_and(|at| at <= cx.now) {
-            self.arriving = None;
-            self.choose_arriving(cx.now);
+            self.give_up(cx.now);
         }
         self.pump(cx, out);
     }

@@ -33,9 +33,17 @@ impl Uploads {
         self.active.retain(|(to, ..)| *to != peer);
     }
 
-    pub(super) fn forget(&mut self, version: Version) {
-        for queue in self.queues.values_mut() {
-            queue.retain(|(of, _)| *of != version);
+    /// Forgets what was asked of a version that is not here any more, and says so to whoever waits for it.
+    pub(super) fn forget(&mut self, version: Version, out: &mut Outbox<BroadcastEffect>) {
+        for (to, queue) in &mut self.queues {
+            queue.retain(|(of, index)| {
+                let gone = *of == version;
+                if gone {
+                    let message = Bulk::NoChunk { version, index: *index };
+                    out.push(BroadcastEffect::Send { to: *to, message });
+                }
+                !gone
+            });
         }
     }
 

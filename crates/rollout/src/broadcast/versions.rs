@@ -182,9 +182,11 @@ impl Broadcast {
     }
 
     /// Forgets what was asked for a version that is given up. What still comes is stored all the same.
-    fn drop_asked(&mut self) {
-        for held in self.held.values_mut() {
-            held.asked.clear();
+    pub(super) fn drop_asked(&mut self) {
+        for asked in self.held.values_mut().flat_map(|held| std::mem::take(&mut held.asked).into_values()) {
+            if let Some(peer) = self.peers.get_mut(&asked.of) {
+                peer.owed = peer.owed.saturating_add(1);
+            }
         }
         for peer in self.peers.values_mut() {
             peer.asked = 0;
@@ -195,16 +197,21 @@ impl Broadcast {
     fn retire(&mut self, out: &mut Outbox<BroadcastEffect>) {
         let whole = self.newest_whole().map(|manifest| manifest.version);
         while self.held.len() > self.cfg.keep.max(2) {
-            let spared = [self.arriving, self.next, whole, self.offering.map(|(version, _)| version)];
+            let spared = [self.arriving, self.next, whole, self.offering.map(|(version, _)| version), self.dealt];
             let idle = self.held.iter().filter(|(version, _)| !spared.contains(&Some(**version)));
             let Some(oldest) = idle.min_by_key(|(_, held)| held.order()).map(|(version, _)| *version) else { return };
-            self.held.remove(&oldest);
-            self.uploads.forget(oldest);
-            for peer in self.peers.values_mut() {
-                peer.has.remove(&oldest);
-            }
-            out.push(BroadcastEffect::Forget(oldest));
+            self.forget(oldest, out);
         }
+    }
+
+    /// Forgets one version.
+    pub(super) fn forget(&mut self, version: Version, out: &mut Outbox<BroadcastEffect>) {
+        self.held.remove(&version);
+        self.uploads.forget(version, out);
+        for peer in self.peers.values_mut() {
+            peer.has.remove(&version);
+        }
+        out.push(BroadcastEffect::Forget(version));
     }
 
     pub(super) fn peer_has(&mut self, from: NodeId, version: Version, bytes: &[u8]) -> Result<(), BroadcastFault> {
@@ -218,6 +225,9 @@ impl Broadcast {
 
     pub(super) fn peer_has_one(&mut self, from: NodeId, version: Version, index: u32) -> Result<(), BroadcastFault> {
         let (Some(held), Some(peer)) = (self.held.get_mut(&version), self.peers.get_mut(&from)) else { return Ok(()) };
+        if from == self.policy.owner {
+            self.dealt = Some(version);
+        }
         let chunks = held.manifest.chunks.len();
         let slot = usize::try_from(index).ok().and_then(|index| held.holders.get_mut(index));
         let holders = slot.ok_or(BroadcastFault::NoSuchChunk(version))?;

@@ -295,7 +295,7 @@ impl Sampler {
         }
     }
 
-    fn serves(&mut self, version: Version, step: u64, out: &mut Outbox<SamplerEffect>) {
+    pub(super) fn serves(&mut self, version: Version, step: u64, out: &mut Outbox<SamplerEffect>) {
         self.serving = Some((version, step));
         self.refreshing = None;
         if self.connected {

@@ -53,6 +53,13 @@ impl Sampler {
         out: &mut Outbox<SamplerEffect>,
     ) {
         self.credit = Some(credit);
+        // An update that changes no weight makes no new version: the one that serves stands for a later step from now on.
+        if let Some((version, step)) = self.serving
+            && version == credit.version
+            && step < credit.step
+        {
+            self.serves(version, credit.step, out);
+        }
         let mut refused = Vec::new();
         for item in work {
             let deadline = now + std::time::Duration::from_millis(u64::from(item.deadline_ms));
