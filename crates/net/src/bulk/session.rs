@@ -17,22 +17,26 @@ const BATCH_BYTES: usize = 1 << 20;
 /// Runs a session from here to its end, and returns why it ended.
 pub(super) async fn run(plane: &Plane, session: &mut Session, wire: Wire) -> CloseReason {
     let way = wire.way();
-    let (reader, writer, end) = wire.split();
+    let (mut reader, writer, end) = wire.split();
     let Session { id, node, inbound, queue, closing } = session;
     let (session, node, inbound) = (*id, *node, *inbound);
     tracing::debug!(%session, peer = %node.fmt_short(), ?way, inbound, "a bulk session is open");
     plane.emit(BulkEvent::Opened { session, node, way, inbound }).await;
+    let hearing = hear(plane, session, node, &mut reader);
+    let speaking = Speaker { plane, session, queue, closing, writer }.run();
+    tokio::pin!(hearing, speaking);
     let reason = tokio::select! {
-        reason = hear(plane, session, node, reader) => reason,
-        reason = Speaker { plane, session, queue, closing, writer }.run() => reason,
+        reason = &mut hearing => reason,
+        reason = &mut speaking => reason,
     };
+    // Before either stream is dropped: else the peer may learn of their end first, and not why.
     end.close(&reason);
     reason
 }
 
 /// Passes messages on to the node until there are no more. While the node does not take them, nothing is read, and so the peer's
 /// window closes.
-async fn hear(plane: &Plane, session: SessionId, node: NodeId, mut reader: Reader) -> CloseReason {
+async fn hear(plane: &Plane, session: SessionId, node: NodeId, reader: &mut Reader) -> CloseReason {
     loop {
         match reader.next().await {
             Ok(message) => plane.emit(BulkEvent::Message { session, node, message }).await,
