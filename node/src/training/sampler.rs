@@ -80,7 +80,9 @@ impl SamplerRole {
     }
 
     pub(super) fn tick(&mut self) {
-        self.lease.tick(self.tokens, self.sampler.status().serving.map(|(version, _)| version));
+        if self.lease.wakes_at().is_some_and(|at| at <= Instant::now()) {
+            self.lease.tick(self.tokens, self.sampler.status().serving.map(|(version, _)| version));
+        }
     }
 
     pub(super) fn deadline(&self) -> Option<chorus_machine::Time> {
