@@ -272,6 +272,16 @@ mod tests {
     }
 
     #[test]
+    fn who_says_the_question_back_does_not_vote() {
+        let cast = |chain, text, weight| Ballot {
+            answer: judge(text, &AnswerFormat::YesNo).unwrap(),
+            ..ballot(chain, text, weight)
+        };
+        let tally = tally(&[cast(0, "yes or no", 0.9), cast(1, "No.", 0.1)], Risk::Low).unwrap();
+        assert_eq!((tally.answer.as_str(), tally.margin), ("No", 1.0));
+    }
+
+    #[test]
     fn a_vote_is_decided_only_when_nobody_can_change_it() {
         let two = [ballot(0, "9", 0.6), ballot(1, "9", 0.5)];
         assert!(is_decided(&two, 1, 1.0));

@@ -8,11 +8,10 @@
 //! 4. the last line.
 //!
 //! Small models go on after their answer: they invent the next question and answer that too, or repeat the instruction. So
-//! the text is cut where a new question begins, and an echoed placeholder (`Answer: …`) is passed over.
+//! the text is cut where a new question begins, what is said back is taken out, and an echoed placeholder (`Answer: …`) is
+//! passed over.
 
-use std::borrow::Cow;
-
-use super::INSTRUCTION;
+use super::echo::without_echo;
 use super::format::AnswerFormat;
 use super::normalise::{choice, leading_polarity, polarity, position_of};
 use super::{latex, number};
@@ -48,11 +47,11 @@ const MARKERS: [&str; 15] = [
 /// Beginnings of a line with which a model starts a question of its own.
 const NEXT_QUESTION: [&str; 6] = ["question:", "q:", "user:", "human:", "<|im_start|>", "### question"];
 
-/// Finds the answer in a model's text. `None` when the text is blank.
+/// Finds the answer in a model's text. `None` when the text is blank, or only says the question's alternatives back.
 #[must_use]
 pub fn extract(text: &str, format: &AnswerFormat) -> Option<String> {
     let tail = &text[text.ceil_char_boundary(text.len().saturating_sub(WINDOW_BYTES))..];
-    let text = without_instruction(cut_runaway(after_thinking(tail)));
+    let text = without_echo(cut_runaway(after_thinking(tail)), format);
     let text = text.trim();
     if text.is_empty() {
         return None;
@@ -86,20 +85,6 @@ fn cut_runaway(text: &str) -> &str {
         at += line.len();
     }
     text
-}
-
-/// Takes the prompt's own instruction out, up to the end of its sentence.
-fn without_instruction(text: &str) -> Cow<'_, str> {
-    if !text.contains(INSTRUCTION) {
-        return Cow::Borrowed(text);
-    }
-    let mut parts = text.split(INSTRUCTION);
-    let first = parts.next().unwrap_or_default().trim_end().trim_end_matches("Think briefly.");
-    let kept = parts.map(|part| {
-        let line = part.find('\n').unwrap_or(part.len());
-        &part[part.find(". ").map_or(line, |stop| line.min(stop + 1))..]
-    });
-    Cow::Owned(std::iter::once(first).chain(kept).collect())
 }
 
 /// Returns what the last `\boxed{…}` holds.

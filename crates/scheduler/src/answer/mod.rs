@@ -8,6 +8,7 @@
 //! 4. [`judge`] does both, and adds how the answer is shown to people.
 
 mod date;
+mod echo;
 mod extract;
 mod format;
 mod latex;
@@ -37,7 +38,8 @@ pub struct Judged {
     pub fits: bool,
 }
 
-/// Takes the answer from a model's text. `None` when the text is blank.
+/// Takes the answer from a model's text. `None` when the text is blank. One that only says the question's alternatives back is shown
+/// as it stands, and fits nothing.
 #[must_use]
 pub fn judge(text: &str, format: &AnswerFormat) -> Option<Judged> {
     if matches!(format, AnswerFormat::Prose | AnswerFormat::Json) {
@@ -46,7 +48,7 @@ pub fn judge(text: &str, format: &AnswerFormat) -> Option<Judged> {
         let judged = || Judged { key: normalise(shown, format), shown: shown.to_owned(), fits };
         return (!shown.is_empty()).then(judged);
     }
-    let raw = extract(text, format)?;
+    let Some(raw) = extract(text, format) else { return undecided(text) };
     let key = normalise(&raw, format);
     let shown = match &key {
         Answer::Choice(letter) => match format.option(*letter) {
@@ -61,6 +63,13 @@ pub fn judge(text: &str, format: &AnswerFormat) -> Option<Judged> {
     };
     let fits = fits(&key, format);
     Some(Judged { key, shown, fits })
+}
+
+fn undecided(text: &str) -> Option<Judged> {
+    let text = echo::without_instruction(text);
+    let shown: String = text.trim().chars().take(MAX_SHOWN_CHARS).collect();
+    let judged = || Judged { key: Answer::Text(normalise::plain(&shown)), shown: shown.clone(), fits: false };
+    (!shown.is_empty()).then(judged)
 }
 
 fn fits(key: &Answer, format: &AnswerFormat) -> bool {

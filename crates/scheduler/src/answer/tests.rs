@@ -316,6 +316,8 @@ fn extraction_table() -> Vec<(&'static str, AnswerFormat, &'static str)> {
         ("Let us see.\nNo, it is not.", YesNo, "no"),
         ("The answer is no.", YesNo, "no"),
         ("I believe that this is true", YesNo, "yes"),
+        ("Answer: yes or no\nIt is not valid.", YesNo, "no"),
+        ("(A) London\n(B) Paris\n(C) Rome\nI would say Paris", cities(), "(B)"),
         ("The argument is invalid.", one_of(&["valid", "invalid"]), "invalid"),
         ("Premises hold.\nConclusion: valid", one_of(&["valid", "invalid"]), "valid"),
         ("Answer: No", one_of(&["Yes", "No"]), "no"),
@@ -344,6 +346,10 @@ fn an_answer_of_another_kind_is_told_apart() {
         ("many", &AnswerFormat::Number, false),
         ("Yes.", &AnswerFormat::YesNo, true),
         ("Perhaps.", &AnswerFormat::YesNo, false),
+        ("Yes or no.", &AnswerFormat::YesNo, false),
+        ("Answer: yes/no", &AnswerFormat::YesNo, false),
+        ("(A) London\n(B) Paris", &cities, false),
+        ("valid or invalid", &one_of(&["valid", "invalid"]), false),
         ("invalid", &one_of(&["valid", "invalid"]), true),
         ("hard to say", &one_of(&["valid", "invalid"]), false),
         ("anything", &AnswerFormat::Auto, true),
@@ -466,6 +472,7 @@ proptest! {
     fn any_text_is_judged_without_panic(text in any_text(), format in any_format()) {
         let judged = judge(&text, &format);
         prop_assert!(judged.is_some() || extract(&text, &format).is_none() || format == AnswerFormat::Prose);
+        prop_assert!(judged.is_none_or(|judged| !judged.fits) || extract(&text, &format).is_some() || format == AnswerFormat::Prose);
     }
 
     #[test]
