@@ -142,6 +142,42 @@ fn proofs_marks_and_records_come_back_and_go_again() {
     assert_eq!(store.records("tasks").unwrap(), table[1..]);
 }
 
+#[test]
+fn large_values_come_back_and_leave_no_room_behind() {
+    const BYTES: usize = 256 << 10;
+    const LIVE: u32 = 16;
+    let dir = tempfile::tempdir().unwrap();
+    let record = |n: u32, value| Record { table: "frames", key: n.to_be_bytes().to_vec(), value };
+    let value = |n: u32| {
+        let mut bytes = vec![0; BYTES];
+        let mut left = n;
+        bytes.iter_mut().for_each(|byte| {
+            left = left.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            *byte = left.to_be_bytes()[0];
+        });
+        bytes
+    };
+    let mut store = Store::open_for_large(dir.path(), &network()).unwrap();
+    for n in 0..1_200u32 {
+        let gone = n.checked_sub(LIVE).map(|old| record(old, None));
+        let records = std::iter::once(record(n, Some(value(n)))).chain(gone).collect();
+        store.apply(&Batch { records, ..Batch::default() }).unwrap();
+        if n % 400 == 399 {
+            drop(store);
+            // Whichever way it is opened.
+            store = Store::open(dir.path(), &network()).unwrap();
+            let there = store.records("frames").unwrap();
+            let want: Vec<_> = (n + 1 - LIVE..=n).map(|n| (n.to_be_bytes().to_vec(), value(n))).collect();
+            assert!(there == want, "after {n}");
+            drop(store);
+            store = Store::open_for_large(dir.path(), &network()).unwrap();
+        }
+    }
+    let files = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len());
+    let bytes: u64 = files.sum();
+    assert!(bytes < 200 << 20, "{bytes} bytes for {LIVE} values of {BYTES}");
+}
+
 // ---- what is wrong with a directory is said ----
 
 #[test]
@@ -187,8 +223,13 @@ fn another_schema_is_refused_and_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     drop(Store::open(dir.path(), &network()).unwrap());
     {
-        let families = crate::options::families(crate::options::FAMILIES);
-        let mut db = rocksdb::DB::open_cf_descriptors(&crate::options::database(), dir.path(), families).unwrap();
+        let families = crate::options::families(crate::options::FAMILIES, crate::options::Values::Small);
+        let mut db = rocksdb::DB::open_cf_descriptors(
+            &crate::options::database(crate::options::Values::Small),
+            dir.path(),
+            families,
+        )
+        .unwrap();
         db.put_cf(db.cf_handle("meta").unwrap(), b"schema", 9u32.to_le_bytes()).unwrap();
         db.create_cf("of_the_future", &rocksdb::Options::default()).unwrap();
     }

@@ -102,7 +102,7 @@ impl Disk {
         library: Library,
         network: NetworkId,
     ) -> Result<(Self, mpsc::Receiver<Done>, Vec<Verified<RolloutFrame>>), StoreError> {
-        let store = Store::open(&directory.join("rollouts"), &network)?;
+        let store = Store::open_for_large(&directory.join("rollouts"), &network)?;
         let frames = store.records(FRAMES)?.iter().filter_map(|(_, bytes)| decode(bytes, &network)).collect();
         let (queue, jobs) = sync_channel(QUEUE);
         let (done_tx, done) = mpsc::channel(QUEUE);

@@ -1,17 +1,21 @@
-//! The stream of rollouts through the bulk plane, against QUIC alone: `cargo run --release -p chorus-net --example bulk_bench`.
+//! The stream of rollouts through the bulk plane and onto the disk, against QUIC alone.
 //!
-//! A sampler sends signed frames of about 256 KiB over loopback. In *rollouts*, the trainer verifies each, appends it to a file and
-//! acknowledges it when it is on the disk: it syncs when nothing more waits to be written, or 8 MiB have been. In *plane*, it
-//! acknowledges each as it comes, so what is measured is the plane alone. *Bare* is quinn with the same bytes behind the same
-//! lengths, read into a buffer and thrown away; once with the plane's settings, once with quinn's own. *Disk* is the same bytes appended
-//! to a file and synced as the trainer does it, without any network: what is acknowledged when it is on the disk is no faster than that.
-//! All take turns in one run and one process.
+//! A sampler sends signed frames of about 256 KiB over loopback. In *rollouts*, the trainer verifies each, writes it into its database and
+//! acknowledges it when it is on the disk, as a training room does: those that wait together with one sync; those that an update has used
+//! meanwhile are deleted. In *plane*, it acknowledges each as it comes, so what is measured is the plane alone. *Bare* is quinn with the
+//! same bytes behind the same lengths, read into a buffer and thrown away; once with the plane's settings, once with quinn's own. *Store*
+//! is the same frames into the same database without any network, and *disk* the same bytes appended to a file and synced as often: what
+//! is acknowledged when it is on the disk is no faster than that. All take turns in one run and one process.
+//!
+//! Run it with `scripts/bench stream`.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss)]
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc as sync;
 use std::time::{Duration, Instant};
@@ -22,6 +26,7 @@ use chorus_protocol::job::Finish;
 use chorus_protocol::policy::{PolicyId, Version};
 use chorus_protocol::rollout::{Bulk, GroupId, Rollout, RolloutFrame, Segment};
 use chorus_protocol::{Hash, List, NetworkId, SecretKey, Text, Verified, WallTime, codec};
+use chorus_store::{Batch, Durability, Record, Store};
 use quinn::rustls;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
@@ -36,10 +41,10 @@ use tokio::sync::mpsc;
 const ROUNDS: usize = 9;
 /// Frames that everyone sends in each round: 150 MiB.
 const FRAMES: u64 = 600;
-/// The trainer syncs after so many bytes, or when nothing waits.
-const SYNC_BYTES: usize = 8 << 20;
-/// Frames on their way to the disk.
-const DISK_QUEUE: usize = 16;
+/// Frames that are written together at most, as in a training room, and that wait for it.
+const GROUP: usize = 64;
+/// Frames that no update has used yet: 64 MiB. Older ones are deleted.
+const LIVE: usize = 256;
 /// The plane's settings, for the bare connection.
 const WINDOW: u32 = 8 << 20;
 const MAX_PACKET: u16 = 6400;
@@ -104,39 +109,59 @@ fn drain(mut events: mpsc::Receiver<NetEvent>) {
     tokio::spawn(async move { while events.recv().await.is_some() {} });
 }
 
-/// Writes frames and acknowledges those that are on the disk.
-fn keep(file: &mut File, frames: &sync::Receiver<(u64, Vec<u8>)>, bulk: &BulkHandle, session: SessionId) {
-    let mut waiting = Vec::new();
-    let mut unsynced = 0;
-    let mut next = frames.recv().ok();
-    while let Some((sequence, bytes)) = next {
-        file.write_all(&bytes).unwrap();
-        waiting.push(sequence);
-        unsynced += bytes.len();
-        next = frames.try_recv().ok();
-        if next.is_none() || unsynced >= SYNC_BYTES {
-            file.sync_data().unwrap();
-            unsynced = 0;
-            for sequence in waiting.drain(..) {
-                bulk.send(session, &ack(sequence), None).unwrap();
-            }
+/// The trainer's frames on disk.
+struct Kept {
+    store: Store,
+    live: VecDeque<Vec<u8>>,
+    written: u64,
+}
+
+impl Kept {
+    fn open(path: &Path, network: &NetworkId) -> Self {
+        Self { store: Store::open_for_large(path, network).unwrap(), live: VecDeque::new(), written: 0 }
+    }
+
+    /// Writes frames with one sync, and deletes as many of the oldest.
+    fn write(&mut self, frames: &[Verified<RolloutFrame>]) {
+        let record = |key: Vec<u8>, value| Record { table: "frames", key, value };
+        let mut records = Vec::new();
+        for frame in frames {
+            self.written += 1;
+            // The same frames come again and again, so they are told apart by when they came.
+            let key = [frame.author().as_bytes().as_slice(), &self.written.to_be_bytes()].concat();
+            self.live.push_back(key.clone());
+            records.push(record(key, Some(codec::encode(&frame.to_wire()))));
         }
-        next = next.or_else(|| frames.recv().ok());
+        self.store.apply(&Batch { records, durability: Durability::Synced, ..Batch::default() }).unwrap();
+        let used = self.live.len().saturating_sub(LIVE);
+        let records: Vec<Record> = self.live.drain(..used).map(|key| record(key, None)).collect();
+        if !records.is_empty() {
+            self.store.apply(&Batch { records, ..Batch::default() }).unwrap();
+        }
+    }
+}
+
+/// Writes frames and acknowledges those that are on the disk.
+fn keep(mut kept: Kept, frames: &sync::Receiver<Verified<RolloutFrame>>, bulk: &BulkHandle, session: SessionId) {
+    while let Ok(first) = frames.recv() {
+        let group: Vec<_> = std::iter::once(first).chain(frames.try_iter().take(GROUP - 1)).collect();
+        kept.write(&group);
+        for frame in group {
+            bulk.send(session, &ack(frame.sequence()), None).unwrap();
+        }
     }
 }
 
 /// Receives, verifies and hands to the disk, for ever.
-async fn train(mut peer: Peer, network: NetworkId) {
-    let (disk, frames) = sync::sync_channel(DISK_QUEUE);
+async fn train(mut peer: Peer, network: NetworkId, kept: Kept) {
+    let (disk, frames) = sync::sync_channel(GROUP);
     let (bulk, session) = (peer.bulk.clone(), peer.session);
-    let mut file = tempfile_in_target();
-    std::thread::spawn(move || keep(&mut file, &frames, &bulk, session));
+    std::thread::spawn(move || keep(kept, &frames, &bulk, session));
     while let Some(event) = peer.events.recv().await {
         let BulkEvent::Message { message: Bulk::Frame(received), .. } = event else { continue };
-        let bytes = codec::encode(&received);
         let verified = received.verify(&network).unwrap();
         // The channel is there to be waited for: the network then waits as well.
-        tokio::task::block_in_place(|| disk.send((verified.sequence(), bytes)).unwrap());
+        tokio::task::block_in_place(|| disk.send(verified).unwrap());
     }
 }
 
@@ -149,12 +174,10 @@ async fn nod(mut peer: Peer) {
     }
 }
 
-/// A file beside the build's other outputs: on a disk, where a temporary folder may be in memory.
-fn tempfile_in_target() -> File {
-    let path = std::env::current_exe().unwrap().with_file_name("bulk_bench.frames");
-    let file = File::options().create(true).truncate(true).write(true).read(true).open(&path).unwrap();
-    std::fs::remove_file(path).unwrap();
-    file
+/// A folder beside the build's other outputs: on a disk, where a temporary folder may be in memory.
+fn folder_in_target() -> tempfile::TempDir {
+    let here = std::env::current_exe().unwrap();
+    tempfile::Builder::new().prefix("stream_bench-").tempdir_in(here.parent().unwrap()).unwrap()
 }
 
 /// Sends all frames and waits until the last is acknowledged.
@@ -319,17 +342,24 @@ async fn discard(mut recv: quinn::RecvStream, mut answer: quinn::SendStream) {
     }
 }
 
-/// Appends all messages to a file, synced as the trainer syncs.
+/// Writes all frames into the database, without a network.
+fn store_alone(kept: &mut Kept, frames: &[Verified<RolloutFrame>]) -> Duration {
+    let begun = Instant::now();
+    let count = usize::try_from(FRAMES).unwrap();
+    for first in (0..count).step_by(GROUP) {
+        let group = (first..count.min(first + GROUP)).map(|index| frames[index % frames.len()].clone());
+        kept.write(&group.collect::<Vec<_>>());
+    }
+    begun.elapsed()
+}
+
+/// Appends all messages to a file, synced as often.
 fn write_and_sync(file: &mut File, messages: &[Bytes]) -> Duration {
     let begun = Instant::now();
-    let mut unsynced = 0;
-    for index in 0..FRAMES {
-        let message = &messages[usize::try_from(index).unwrap() % messages.len()];
-        file.write_all(message).unwrap();
-        unsynced += message.len();
-        if unsynced >= SYNC_BYTES {
+    for index in 0..usize::try_from(FRAMES).unwrap() {
+        file.write_all(&messages[index % messages.len()]).unwrap();
+        if (index + 1).is_multiple_of(GROUP) {
             file.sync_data().unwrap();
-            unsynced = 0;
         }
     }
     file.sync_data().unwrap();
@@ -347,21 +377,25 @@ async fn main() {
     let key = SecretKey::from_bytes(&[2; 32]);
     let made: Vec<RolloutFrame> = (1..=16).map(|sequence| frame(&key, sequence)).collect();
     let tokens = made[0].completion_tokens();
-    let frames: Vec<Bulk> =
-        made.into_iter().map(|frame| Bulk::Frame(Verified::sign(&key, &network, frame).unwrap().to_wire())).collect();
+    let signed: Vec<Verified<RolloutFrame>> =
+        made.into_iter().map(|frame| Verified::sign(&key, &network, frame).unwrap()).collect();
+    let frames: Vec<Bulk> = signed.iter().map(|frame| Bulk::Frame(frame.to_wire())).collect();
     let messages: Vec<Bytes> = frames.iter().map(|frame| frame.to_bytes().unwrap().into()).collect();
     let bytes = messages[0].len();
     let (mut sampler, trainer) = pair(&network).await;
     let (mut talker, nodder) = pair(&network).await;
-    tokio::spawn(train(trainer, network));
+    let folder = folder_in_target();
+    let mut alone = Kept::open(&folder.path().join("alone"), &network);
+    let kept = Kept::open(&folder.path().join("rollouts"), &network);
+    tokio::spawn(train(trainer, network, kept));
     tokio::spawn(nod(nodder));
     let (mut tuned, mut default) = (Bare::open(true).await, Bare::open(false).await);
     let cost = (bytes + 4) as f64 / tokens as f64;
     println!("{FRAMES} frames of {bytes} bytes, {cost:.2} bytes a token with their length; MB/s");
-    let mut disk = tempfile_in_target();
+    let mut disk = File::create(folder.path().join("disk")).unwrap();
     println!(
-        "{:>6} {:>10} {:>10} {:>14} {:>14} {:>10}",
-        "round", "rollouts", "plane", "bare, tuned", "bare, default", "disk"
+        "{:>6} {:>10} {:>10} {:>14} {:>14} {:>10} {:>10}",
+        "round", "rollouts", "plane", "bare, tuned", "bare, default", "store", "disk"
     );
     let rate = |time: Duration| bytes as f64 * FRAMES as f64 / time.as_secs_f64() / 1e6;
     let mut rounds = Vec::new();
@@ -371,16 +405,19 @@ async fn main() {
             rate(sample(&mut talker, &frames).await),
             rate(tuned.send(&messages).await),
             rate(default.send(&messages).await),
+            rate(tokio::task::block_in_place(|| store_alone(&mut alone, &signed))),
             rate(tokio::task::block_in_place(|| write_and_sync(&mut disk, &messages))),
         ];
         // The first round finds packet sizes and windows.
         if round > 0 {
-            let [rollouts, plane, tuned, default, disk] = rates;
-            println!("{round:>6} {rollouts:>10.0} {plane:>10.0} {tuned:>14.0} {default:>14.0} {disk:>10.0}");
+            let [rollouts, plane, tuned, default, store, disk] = rates;
+            println!(
+                "{round:>6} {rollouts:>10.0} {plane:>10.0} {tuned:>14.0} {default:>14.0} {store:>10.0} {disk:>10.0}"
+            );
             rounds.push(rates);
         }
     }
-    let show = |name: &str, of: fn(&[f64; 5]) -> f64, scale: f64| {
+    let show = |name: &str, of: fn(&[f64; 6]) -> f64, scale: f64| {
         let (least, middle, most) = median(rounds.iter().map(|rates| of(rates) * scale).collect());
         println!("{name}: median {middle:.2}, from {least:.2} to {most:.2}");
     };
@@ -388,7 +425,7 @@ async fn main() {
     show("rollouts to bare quinn as it comes", |rates| rates[0] / rates[3], 1.0);
     show(
         "rollouts to the slower of bare quinn as it comes and the disk",
-        |rates| rates[0] / rates[3].min(rates[4]),
+        |rates| rates[0] / rates[3].min(rates[5]),
         1.0,
     );
     show("rollouts to bare quinn with the plane's settings", |rates| rates[0] / rates[2], 1.0);
