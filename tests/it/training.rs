@@ -1,6 +1,7 @@
 //! A policy that is trained by one process and sampled by others: it learns, and it outlives whoever is killed.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use chorus_tests::{Node, NodeOptions, Swarm, wait_for};
 use serde_json::{Value, json};
@@ -113,6 +114,66 @@ fn a_node_that_samples_for_anybody_is_hired_by_the_beacon_accounts_for_each_term
     wait_for("a sampler that is free again", || training(&swarm.nodes[pupil]).filter(|room| room["name"] == "any"));
     let policies = std::fs::read_dir(swarm.nodes[pupil].dir().join("policies")).unwrap().count();
     assert_eq!(policies, 0, "what it fetched for somebody else is gone");
+}
+
+/// Learns nothing, once a second, until the trainer is gone: so a run has a need that does not depend on this machine's speed.
+fn learn_slowly(api: String) -> std::thread::JoinHandle<reqwest::Result<()>> {
+    std::thread::spawn(move || {
+        let http = reqwest::blocking::Client::builder().no_proxy().build()?;
+        loop {
+            std::thread::sleep(Duration::from_secs(1));
+            let batch = http.get(format!("{api}/v1/training/batch?wait_s=20")).send()?.bytes()?;
+            let weights = http.get(format!("{api}/v1/training/weights")).send()?;
+            let step = weights.headers().get("x-chorus-step").and_then(|step| step.to_str().ok()).map(str::to_owned);
+            if let (Some(step), false) = (step, batch.is_empty()) {
+                let url = format!("{api}/v1/training/weights?step={step}&gradient=0&importance=0");
+                let bytes = weights.bytes()?;
+                http.post(url)
+                    .header("content-type", "application/octet-stream")
+                    .body(bytes)
+                    .send()?
+                    .error_for_status()?;
+            }
+        }
+    })
+}
+
+#[test]
+fn a_dear_sampler_is_let_go_while_a_cheap_one_is_enough_and_hired_when_that_one_is_gone() {
+    let mut swarm = Swarm::new("it-price");
+    let teacher = swarm.start(&trainer("staleness = 2\nterm_s = 2\nexternal = true"));
+    let asks = |price: f64| NodeOptions {
+        config: format!("[engine]\nthreads = 1\n[sampler]\npolicy = \"any\"\nprice = {price:?}\n"),
+        ..NodeOptions::asker()
+    };
+    let cheap = swarm.start(&asks(1.0));
+    swarm.start(&asks(50.0));
+    let wants = |swarm: &Swarm, prices: &[f64]| {
+        wait_for(&format!("a run that wants those who ask {prices:?} an hour"), || {
+            let room = training(&swarm.nodes[teacher])?;
+            let offers = room["hiring"]["offers"].as_array()?;
+            let wanted = offers.iter().filter(|offer| offer["wanted"] == true);
+            let mut wanted: Vec<f64> = wanted.filter_map(|offer| offer["price_per_hour"].as_f64()).collect();
+            wanted.sort_by(f64::total_cmp);
+            (wanted == prices && room["hiring"]["price_per_hour"] == json!(prices.iter().sum::<f64>())).then_some(())
+        });
+    };
+    // Nobody knows yet what is needed.
+    wants(&swarm, &[1.0, 50.0]);
+    let learner = learn_slowly(swarm.nodes[teacher].api().to_owned());
+    wants(&swarm, &[1.0]);
+    let then = step(&swarm.nodes[teacher]);
+    wait_for("two steps at the lower price", || {
+        let room = training(&swarm.nodes[teacher])?;
+        assert!(room["hiring"]["price_per_hour"].as_f64()? < 50.0, "the dear one is hired again: {room}");
+        (room["step"].as_u64()? >= then + 2).then_some(())
+    });
+    swarm.nodes[cheap].kill();
+    wants(&swarm, &[50.0]);
+    let then = step(&swarm.nodes[teacher]);
+    wait_step(&swarm.nodes[teacher], then + 2);
+    swarm.nodes[teacher].kill();
+    assert!(learner.join().unwrap().is_err(), "it ends with its trainer");
 }
 
 #[test]
@@ -254,6 +315,33 @@ fn a_full_disk_stops_a_sampler_or_a_trainer_and_nothing_that_was_acknowledged_is
     let room = training(&swarm.nodes[teacher]).unwrap();
     let lost = training(&swarm.nodes[pupil]).unwrap()["counted"].as_u64().unwrap();
     assert!(room["taken"].as_u64().unwrap() >= lost, "what a sampler was told that counts, counts: {room}");
+}
+
+#[test]
+fn a_full_disk_that_takes_no_version_is_named_and_the_version_comes_when_there_is_room() {
+    let mut swarm = Swarm::new("it-version-full");
+    let teacher = swarm.start(&trainer("staleness = 2\nsteps = 3"));
+    let keeper =
+        NodeOptions { config: "[sampler]\nslots = 0\n".into(), limited: true, ..sampler(&swarm.nodes[teacher]) };
+    let keeper = swarm.start(&keeper);
+    wait_for("the first version", || training(&swarm.nodes[keeper])?["whole"]["step"].as_u64());
+    if !swarm.nodes[keeper].limit_files(Some(0)) {
+        return;
+    }
+    let options = sampler(&swarm.nodes[teacher]);
+    swarm.start(&options);
+    wait_for("a status that names the disk", || {
+        training(&swarm.nodes[keeper])?["waits_for"].as_str()?.contains("disk").then_some(())
+    });
+    let last = wait_for("the last version", || {
+        let room = training(&swarm.nodes[teacher])?;
+        (room["published"]["step"] == 3).then(|| room["published"]["version"].clone())
+    });
+    // It cannot even be begun here, and no other comes after it.
+    let versions = |place: &str| training(&swarm.nodes[keeper]).map(|room| room[place]["version"].clone());
+    wait_for("word of the last version", || (versions("arriving")? == last).then_some(()));
+    assert!(swarm.nodes[keeper].limit_files(None));
+    wait_for("all of the last version", || (versions("whole")? == last).then_some(()));
 }
 
 #[test]

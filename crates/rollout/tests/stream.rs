@@ -109,6 +109,8 @@ struct World {
     doubled: f64,
     trainer_up: bool,
     acked: BTreeSet<(NodeId, u64)>,
+    /// When the run is given up.
+    limit: Time,
 }
 
 fn config(mode: Mode) -> BufferConfig {
@@ -156,6 +158,7 @@ impl World {
             doubled: 0.0,
             trainer_up: true,
             acked: BTreeSet::new(),
+            limit: Time::from_millis(120_000),
         }
     }
 
@@ -369,12 +372,7 @@ impl World {
                 let status: Vec<SamplerStatus> = self.nodes.iter().map(|node| node.machine.status()).collect();
                 panic!("nothing happens any more at {}: {:?} {status:#?}", self.now, self.buffer.awaits());
             };
-            assert!(
-                time < Time::from_millis(120_000),
-                "too long: {:?} {:?}",
-                self.buffer.awaits(),
-                self.buffer.tally()
-            );
+            assert!(time < self.limit, "too long: {:?} {:?}", self.buffer.awaits(), self.buffer.tally());
             self.now = time;
             match self.events.remove(&id).unwrap() {
                 Event::ToBuffer(input) => self.buffer(Some(input)),
@@ -610,6 +608,43 @@ fn a_restored_trainer_hears_everybody_before_it_hands_anything_out() {
     let batches = world.batches.len();
     world.run(|world| world.batches.len() >= batches + 10);
     assert_eq!(world.buffer.tally().refused, BTreeMap::new());
+}
+
+/// It crashed, or the network between them did.
+#[test]
+fn a_trainer_that_is_away_for_an_hour_finds_everything_as_it_left_it() {
+    const HOUR: Duration = Duration::from_secs(3_600);
+    for crashed in [true, false] {
+        let mut world = World::new(config(Mode::Streaming { staleness: 4 }), 3, 6);
+        world.limit = Time::ZERO + HOUR * 2;
+        world.start();
+        world.run(|world| world.batches.len() >= 4);
+        if crashed {
+            world.crash_trainer();
+        } else {
+            (0..3).for_each(|n| world.disconnect(n));
+        }
+        let back = world.now + HOUR;
+        world.at(HOUR, Event::WakeBuffer);
+        world.run(|world| world.now >= back);
+        let kept: Vec<(NodeId, u64)> = (0..3)
+            .flat_map(|n| world.nodes[n].disk.keys().map(move |sequence| (key(n).node_id(), *sequence)))
+            .collect();
+        assert!(!kept.is_empty(), "nobody made anything meanwhile");
+        for node in &world.nodes {
+            let status = node.machine.status();
+            assert_eq!((status.awaits, status.running), (SamplerAwaits::Trainer, 0));
+        }
+        let batches = world.batches.len();
+        if crashed {
+            world.restore_trainer();
+        } else {
+            assert_eq!(world.buffer.awaits(), LearnerAwaits::Sampler);
+            (0..3).for_each(|n| world.connect(n));
+        }
+        world.run(|world| world.batches.len() >= batches + 10 && kept.iter().all(|frame| world.acked.contains(frame)));
+        assert!(world.now < back + Duration::from_secs(30), "it took until {}", world.now);
+    }
 }
 
 #[test]

@@ -209,7 +209,7 @@ pub(super) fn status_text(status: &Value) -> String {
         let busy = learner["utilisation"].as_f64().unwrap_or_default() * 100.0;
         lines.extend([
             format!("trainer   {}; {}", text(&status["state"]), text(&status["mode"])),
-            format!("step      {}, published {}", status["step"], version(&status["published"])),
+            format!("step      {}, published {}{}", status["step"], version(&status["published"]), reach(status)),
             format!("reward    {} of rollouts, {} held out", number(&status["reward"]), number(&status["held_out"])),
             format!("learner   busy {busy:.0} % of the time; waits for {}", text(&learner["waits_for"])),
             format!(
@@ -250,6 +250,11 @@ pub(super) fn status_text(status: &Value) -> String {
         lines.push(format!("arriving  {}: {} of {of} chunks", version(arriving), arriving["chunks"]));
     }
     lines.join("\n") + "\n"
+}
+
+/// How long a version takes to everybody.
+fn reach(status: &Value) -> String {
+    status["reach_s"].as_f64().map_or_else(String::new, |reach| format!("; a version is everywhere after {reach:.2} s"))
 }
 
 /// Who samples, and what it costs.

@@ -280,7 +280,7 @@ impl Commons {
             "owner": self.policy.owner,
             "whole": weights.whole.map(version),
             "arriving": arriving,
-            "weights_wait_for": format!("{:?}", weights.awaits),
+            "weights_wait_for": weights.awaits.to_string(),
             "connected": connected.map(|(node, way)| json!({ "node": node, "way": format!("{way:?}") })).collect::<Vec<_>>(),
             "chunks_sent": weights.sent,
             "chunks_wasted": weights.wasted,

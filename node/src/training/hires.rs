@@ -145,8 +145,13 @@ impl Hires {
                 "hired_for_s": view.until.map(|until| room.until(until).as_secs()),
             })
         });
-        let price: f64 = self.hiring.view().filter(|view| view.until.is_some()).map(|view| view.price).sum();
-        json!({ "offers": views.collect::<Vec<_>>(), "price_per_hour": price, "trouble": self.trouble })
+        let hired: Vec<f64> = self.hiring.view().filter(|view| view.until.is_some()).map(|view| view.price).collect();
+        json!({
+            "offers": views.collect::<Vec<_>>(),
+            "hired": hired.len(),
+            "price_per_hour": hired.iter().sum::<f64>(),
+            "trouble": self.trouble,
+        })
     }
 }
 

@@ -98,8 +98,13 @@ impl Library {
         write_whole(&self.manifest_path(manifest.version), &codec::encode(&manifest.to_wire()))
     }
 
-    /// Writes a chunk where it belongs. It must have been checked.
-    pub(crate) fn write_chunk(&self, manifest: &Manifest, index: u32, bytes: &[u8]) -> io::Result<()> {
+    /// Writes a chunk where it belongs. It must have been checked. A version whose files the disk did not take when they were to be made
+    /// gets them now.
+    pub(crate) fn write_chunk(&self, manifest: &Verified<Manifest>, index: u32, bytes: &[u8]) -> io::Result<()> {
+        // The manifest is written last, so where it is the files are.
+        if !self.manifest_path(manifest.version).exists() {
+            self.keep(manifest)?;
+        }
         let mut rest = bytes;
         for (path, offset, len) in self.spans(manifest, index) {
             let (now, later) = rest.split_at(len.min(rest.len()));
@@ -309,6 +314,18 @@ mod tests {
         assert_eq!(library.scan()[0].1.len(), 6);
         library.forget(manifest.version).unwrap();
         library.forget(manifest.version).unwrap();
+    }
+
+    #[test]
+    fn a_version_whose_files_could_not_be_made_gets_them_with_its_first_chunk() {
+        let (_dir, library, manifest) = world();
+        let chunk = library.read_chunk(&manifest, 2).unwrap();
+        library.forget(manifest.version).unwrap();
+        // What a full disk leaves of an attempt: a directory, one file that is too short, and no manifest.
+        fs::create_dir(library.directory(manifest.version)).unwrap();
+        fs::write(library.directory(manifest.version).join("a.json"), [0; 9]).unwrap();
+        library.write_chunk(&manifest, 2, &chunk).unwrap();
+        assert_eq!(library.scan()[0].1, [2]);
     }
 
     #[test]

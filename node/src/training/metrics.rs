@@ -22,6 +22,12 @@ static SPREAD: Desc = Desc::new(
     "chorus_trainer_spread_seconds",
     "From a version's publication to a sampler that serves it, a moving mean.",
 );
+static REACH: Desc = Desc::new(
+    "chorus_trainer_reach_seconds",
+    "From a version's publication until no sampler serves an older one, a moving mean.",
+);
+static HIRED: Desc = Desc::new("chorus_trainer_hired_samplers", "Samplers that hold a lease.");
+static PRICE: Desc = Desc::new("chorus_trainer_price_per_hour", "What the hired samplers ask for together.");
 static REWARD: Desc = Desc::new("chorus_trainer_reward", "Mean reward of the last update's rollouts.");
 static HELD_OUT: Desc =
     Desc::new("chorus_trainer_held_out_reward", "Mean reward over held-out tasks, when last measured.");
@@ -33,7 +39,7 @@ static CHUNKS: Desc = Desc::new("chorus_policy_chunks_sent", "Chunks of versions
 static CONNECTED: Desc = Desc::new("chorus_bulk_sessions", "Nodes that are connected over the bulk plane.");
 
 /// Where in a trainer's status each figure stands.
-static TRAINER: [(&Desc, &str); 11] = [
+static TRAINER: [(&Desc, &str); 14] = [
     (&STEP, "/step"),
     (&UTILISATION, "/learner/utilisation"),
     (&NEEDED, "/capacity/needed_per_s"),
@@ -42,6 +48,9 @@ static TRAINER: [(&Desc, &str); 11] = [
     (&TOKENS_RATE, "/tokens_per_s"),
     (&BYTES, "/bytes_per_token"),
     (&SPREAD, "/capacity/spread_s"),
+    (&REACH, "/reach_s"),
+    (&HIRED, "/hiring/hired"),
+    (&PRICE, "/hiring/price_per_hour"),
     (&REWARD, "/reward"),
     (&HELD_OUT, "/held_out"),
     (&CHUNKS, "/chunks_sent"),

@@ -429,7 +429,7 @@ impl Room {
             Ask::Status(reply) => {
                 let mut status = self.commons.status();
                 let own = match &self.role {
-                    Role::Sampler(role) => role.status(),
+                    Role::Sampler(role) => role.status(&self.commons),
                     Role::Trainer(role) => role.status(&self.commons),
                 };
                 if let (Some(all), Some(own)) = (status.as_object_mut(), own.as_object()) {

@@ -10,7 +10,7 @@ use chorus_machine::{Machine, Outbox};
 use chorus_protocol::policy::{Manifest, Version};
 use chorus_protocol::rollout::{Bulk, Rollout};
 use chorus_protocol::{Admitted, NodeId};
-use chorus_rollout::broadcast::BroadcastInput;
+use chorus_rollout::broadcast::{Awaits, BroadcastInput};
 use chorus_rollout::buffer::FrameKey;
 use chorus_rollout::sampler::{Sampler, SamplerAwaits, SamplerEffect, SamplerInput};
 use serde_json::{Value, json};
@@ -237,12 +237,12 @@ impl SamplerRole {
     }
 
     /// Returns where it stands.
-    pub(super) fn status(&self) -> Value {
+    pub(super) fn status(&self, room: &Commons) -> Value {
         let status = self.sampler.status();
         json!({
             "role": "sampler",
             "serving": status.serving.map(|(version, step)| json!({ "version": version, "step": step })),
-            "waits_for": self.waits_for(&status.awaits),
+            "waits_for": self.waits_for(&status.awaits, &room.broadcast.status().awaits),
             "hired_for_s": self.lease.left().map(|left| left.as_secs()),
             "running": status.running,
             "queued": status.queued,
@@ -257,24 +257,30 @@ impl SamplerRole {
         })
     }
 
-    fn waits_for(&self, awaits: &SamplerAwaits) -> String {
+    /// A disk that takes no version is named whatever that leads to: work that waits for weights is taken back after a while, and then
+    /// neither work nor a lease is what is lacking.
+    fn waits_for(&self, awaits: &SamplerAwaits, weights: &Awaits) -> String {
         if let Some(trouble) = &self.trouble {
             return trouble.clone();
         }
         match awaits {
-            SamplerAwaits::Nothing => "nothing: every slot is busy".to_owned(),
             SamplerAwaits::Trainer => "the connection to the trainer".to_owned(),
+            SamplerAwaits::Spool => "the trainer to acknowledge frames: the spool is full".to_owned(),
+            SamplerAwaits::Disk => "the disk to take frames; is it full?".to_owned(),
+            SamplerAwaits::Nothing if self.engine.is_some() => "nothing: every slot is busy".to_owned(),
+            _ if *weights == Awaits::Disk => format!("a version, and that for {weights}"),
+            SamplerAwaits::Nothing => format!("no work, since it only keeps versions; they wait for {weights}"),
             SamplerAwaits::Work if self.lease.left().is_none() => {
                 "the trainer to hire this node: chorus ledger ls shows what it offers".to_owned()
             }
             SamplerAwaits::Work => "work: the trainer has enough under way".to_owned(),
             SamplerAwaits::Version { step, exactly } => match (self.loading, exactly) {
                 (Some(version), _) => format!("version {version:?} to load"),
-                (None, Some(version)) => format!("version {version:?} of step {step} to arrive"),
-                (None, None) => format!("a version of step {step} or later to arrive"),
+                (None, Some(version)) => {
+                    format!("version {version:?} of step {step} to arrive, and that for {weights}")
+                }
+                (None, None) => format!("a version of step {step} or later to arrive, and that for {weights}"),
             },
-            SamplerAwaits::Spool => "the trainer to acknowledge frames: the spool is full".to_owned(),
-            SamplerAwaits::Disk => "the disk to take frames; is it full?".to_owned(),
         }
     }
 }

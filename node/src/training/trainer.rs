@@ -457,6 +457,7 @@ impl TrainerRole {
             "samplers": self.buffer.tracks().map(track).collect::<Vec<_>>(),
             "hiring": self.hires.status(room),
             "capacity": self.capacity(),
+            "reach_s": self.buffer.reach(),
             "groups_open": open,
             "groups_ready": ready,
             "rollouts_held": held,

@@ -234,6 +234,20 @@ pub enum Awaits {
     },
 }
 
+impl std::fmt::Display for Awaits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Nothing => f.write_str("nothing"),
+            Self::Provider => f.write_str("a neighbour that has what is missing"),
+            Self::Chunks { asked, of } => write!(f, "{asked} chunks asked of {of} neighbours"),
+            Self::Disk => f.write_str("the disk to take it; is it full?"),
+            Self::Smaller { bytes } => {
+                write!(f, "leave to take {bytes} bytes: sampler.max_policy_mb allows less")
+            }
+        }
+    }
+}
+
 /// Where a broadcast stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BroadcastStatus {

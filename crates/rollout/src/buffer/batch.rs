@@ -6,6 +6,7 @@ use chorus_machine::{Outbox, Time};
 use chorus_protocol::NodeId;
 use chorus_protocol::rollout::{GroupId, Refusal};
 
+use super::desk::Session;
 use super::group::{Group, Member};
 use super::{Batch, BatchGroup, Buffer, BufferEffect, LAGS, LearnerAwaits, Mode, Ready};
 
@@ -131,7 +132,7 @@ impl Buffer {
         if self.published.is_none_or(|(_, step, _)| step < floor) {
             return LearnerAwaits::Version { step: floor };
         }
-        if !self.sessions.values().any(|session| session.gone.is_none() && session.hired && session.slots > 0) {
+        if !self.sessions.values().any(Session::samples) {
             return LearnerAwaits::Sampler;
         }
         let out = self.groups.values().flat_map(|group| &group.members).filter_map(|member| match member {

@@ -55,11 +55,16 @@ impl Session {
         let ahead = ahead.ceil().clamp(0.0, 65_536.0) as usize;
         // Who let members lie is tried with one at a time.
         let most = match self.misses {
-            _ if self.slots == 0 || self.gone.is_some() || !self.hired => 0,
+            _ if !self.samples() => 0,
             0..MISSES => slots + ahead,
             _ => 1,
         };
         most.saturating_sub(self.out.len())
+    }
+
+    /// Whether it is there to be given work.
+    pub(super) fn samples(&self) -> bool {
+        self.slots > 0 && self.gone.is_none() && self.hired
     }
 
     /// Notes what became of members that it was given.
@@ -122,6 +127,16 @@ impl Buffer {
         if let Some(session) = self.sessions.get_mut(&from) {
             session.gone = Some(now);
         }
+        self.note_reach(now);
+    }
+
+    /// Notes how far the slowest sampler is, of those that have work.
+    fn note_reach(&mut self, now: Time) {
+        let sampling = self.sessions.values().filter(|session| session.samples());
+        // Who serves nothing yet is nowhere.
+        if let Some(Some(step)) = sampling.map(|session| session.serving).min() {
+            self.reach.served(now, step);
+        }
     }
 
     pub(super) fn hired(&mut self, node: NodeId) {
@@ -160,6 +175,7 @@ impl Buffer {
                 if let Some(session) = self.sessions.get_mut(&from) {
                     session.serving = Some(step);
                 }
+                self.note_reach(now);
             }
             _ => {}
         }

@@ -28,6 +28,7 @@ mod batch;
 mod desk;
 mod group;
 mod progress;
+mod reach;
 mod sequences;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -45,6 +46,7 @@ use crate::plan::Plan;
 use desk::Session;
 use group::{Group, Member};
 pub use progress::Progress;
+use reach::Reach;
 use sequences::Sequences;
 
 /// Samplers whose frame numbers are remembered.
@@ -362,6 +364,7 @@ pub struct Buffer {
     held_bytes: usize,
     disk_failed: bool,
     pacing: Pacing,
+    reach: Reach,
     tally: Tally,
 }
 
@@ -394,6 +397,7 @@ impl Buffer {
             held_bytes: 0,
             disk_failed: false,
             pacing: Pacing::default(),
+            reach: Reach::default(),
             tally: Tally::default(),
         })
     }
@@ -457,6 +461,13 @@ impl Buffer {
         &self.pacing
     }
 
+    /// Returns how long it takes from a version's publication until no sampler serves an older one, in seconds; a moving mean, once a
+    /// version was everywhere.
+    #[must_use]
+    pub fn reach(&self) -> Option<f64> {
+        self.reach.seconds()
+    }
+
     /// Returns what was measured of each sampler that is connected.
     pub fn tracks(&self) -> impl Iterator<Item = Track> + '_ {
         self.sessions.iter().map(|(node, session)| Track {
@@ -490,6 +501,7 @@ impl Buffer {
         }
         self.versions.insert(version, step);
         self.published = Some((version, step, now));
+        self.reach.published(now, step);
     }
 
     fn checkpointed(&mut self, progress: &Progress, out: &mut Outbox<BufferEffect>) {
