@@ -43,8 +43,8 @@ const ROUNDS: usize = 9;
 const FRAMES: u64 = 600;
 /// Frames that are written together at most, as in a training room, and that wait for it.
 const GROUP: usize = 64;
-/// Frames that no update has used yet: 64 MiB. Older ones are deleted.
-const LIVE: usize = 256;
+/// Frames that no update has used yet, or whose checkpoint is not written: four updates of 1,024 rollouts. Older ones are deleted.
+const LIVE: usize = 64;
 /// The plane's settings, for the bare connection.
 const WINDOW: u32 = 8 << 20;
 const MAX_PACKET: u16 = 6400;

@@ -53,7 +53,8 @@ impl Store {
     }
 
     /// As [`Store::open`], for records of up to some megabytes that are deleted soon. Takes up to 128 MiB of memory while much is
-    /// written. Either may open what the other wrote.
+    /// written. Should the disk have altered what was written last, that and what follows it is not there any more: it must be such that
+    /// it can be made again.
     ///
     /// # Errors
     /// As [`Store::open`].

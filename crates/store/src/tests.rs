@@ -164,13 +164,10 @@ fn large_values_come_back_and_leave_no_room_behind() {
         store.apply(&Batch { records, ..Batch::default() }).unwrap();
         if n % 400 == 399 {
             drop(store);
-            // Whichever way it is opened.
-            store = Store::open(dir.path(), &network()).unwrap();
+            store = Store::open_for_large(dir.path(), &network()).unwrap();
             let there = store.records("frames").unwrap();
             let want: Vec<_> = (n + 1 - LIVE..=n).map(|n| (n.to_be_bytes().to_vec(), value(n))).collect();
             assert!(there == want, "after {n}");
-            drop(store);
-            store = Store::open_for_large(dir.path(), &network()).unwrap();
         }
     }
     let files = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len());
@@ -361,6 +358,9 @@ fn the_writer_completes_every_batch_in_order_and_says_when_it_is_full() {
 fn child_process() {
     let Ok(role) = std::env::var("CHORUS_STORE_CHILD") else { return };
     let dir = std::env::var("CHORUS_STORE_DIR").unwrap();
+    if role == "frames" {
+        return write_frames(Path::new(&dir));
+    }
     let store = match Store::open(Path::new(&dir), &network()) {
         Ok(store) => store,
         Err(error) => return println!("\nopen: {error}"),
@@ -387,6 +387,27 @@ fn child_process() {
     }
 }
 
+/// Values that [`write_frames`] leaves.
+const FRAMES: u64 = 8;
+
+fn frame(seq: u64, value: Option<Vec<u8>>) -> Record {
+    Record { table: "frames", key: seq.to_be_bytes().to_vec(), value }
+}
+
+/// Writes large values for ever, each in place of the one that is [`FRAMES`] older.
+fn write_frames(dir: &Path) {
+    let store = Store::open_for_large(dir, &network()).unwrap();
+    let last =
+        store.records("frames").unwrap().last().map_or(0, |(key, _)| u64::from_be_bytes(key[..].try_into().unwrap()));
+    for seq in last + 1.. {
+        let gone = seq.checked_sub(FRAMES).map(|old| frame(old, None));
+        let bytes = u8::try_from(seq % 251).unwrap();
+        let records = std::iter::once(frame(seq, Some(vec![bytes; 256 << 10]))).chain(gone).collect();
+        store.apply(&Batch { records, durability: Durability::Synced, ..Batch::default() }).unwrap();
+        println!("ack {seq}");
+    }
+}
+
 fn command(role: &str, dir: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "tests::child_process", "--nocapture", "--test-threads=1"]);
@@ -398,24 +419,53 @@ fn child(role: &str, dir: &Path) -> Child {
     command(role, dir).spawn().unwrap()
 }
 
+/// Runs a child for a while after its first acknowledgement, kills it, and returns the last number that it acknowledged.
+fn killed_after(role: &str, dir: &Path, lasts: Duration) -> u64 {
+    let mut process = child(role, dir);
+    let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+    let begun = lines.by_ref().map_while(Result::ok).find_map(|line| line.strip_prefix("ack ").map(str::to_owned));
+    let mut last: u64 = begun.expect("the child acknowledges").parse().unwrap();
+    std::thread::sleep(lasts);
+    process.kill().unwrap();
+    for line in lines.map_while(Result::ok) {
+        if let Some(seq) = line.strip_prefix("ack ").and_then(|seq| seq.parse().ok()) {
+            last = seq;
+        }
+    }
+    process.wait().unwrap();
+    last
+}
+
+/// Long enough for its logs to be written over.
+#[test]
+fn kill_9_among_large_values_loses_nothing_acknowledged() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut acknowledged = 0;
+    for round in 0..4u64 {
+        let last = killed_after("frames", dir.path(), Duration::from_millis(700 * round));
+        assert!(last > acknowledged, "round {round} wrote nothing");
+        acknowledged = last;
+        let store = Store::open_for_large(dir.path(), &network()).unwrap();
+        let found: BTreeMap<Vec<u8>, Vec<u8>> = store.records("frames").unwrap().into_iter().collect();
+        for seq in acknowledged.saturating_sub(FRAMES - 2).max(1)..=acknowledged {
+            let value = found.get(&seq.to_be_bytes()[..]);
+            let want = u8::try_from(seq % 251).unwrap();
+            assert!(
+                value.is_some_and(|value| value.iter().all(|byte| *byte == want)),
+                "round {round}: {seq} of {acknowledged} acknowledged is lost"
+            );
+        }
+        assert!(found.len() <= usize::try_from(FRAMES).unwrap() + 1, "{} are there", found.len());
+    }
+}
+
 #[test]
 fn kill_9_at_any_moment_loses_nothing_acknowledged() {
     let dir = tempfile::tempdir().unwrap();
     let mut acknowledged = 0;
     for round in 0..12u64 {
-        let mut process = child("write", dir.path());
-        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        // Let it get going, then strike at a moment that differs from round to round.
-        let begun = lines.by_ref().map_while(Result::ok).find_map(|line| line.strip_prefix("ack ").map(str::to_owned));
-        let mut last: u64 = begun.expect("the child acknowledges").parse().unwrap();
-        std::thread::sleep(Duration::from_micros(137 * round * round));
-        process.kill().unwrap();
-        for line in lines.map_while(Result::ok) {
-            if let Some(seq) = line.strip_prefix("ack ").and_then(|seq| seq.parse().ok()) {
-                last = seq;
-            }
-        }
-        process.wait().unwrap();
+        // At a moment that differs from round to round.
+        let last = killed_after("write", dir.path(), Duration::from_micros(137 * round * round));
         assert!(last > acknowledged, "round {round} wrote nothing");
         acknowledged = last;
         let store = Store::open(dir.path(), &network()).unwrap();
