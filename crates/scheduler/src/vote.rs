@@ -153,7 +153,8 @@ fn camp<'a>(key: &'a Answer, mut ballots: Vec<&'a Ballot>, any_fits: bool) -> Op
     // Sums of floats depend on their order, so the order is fixed: by weight, then by text, then by chain.
     ballots.sort_by(|a, b| b.weight.total_cmp(&a.weight).then_with(|| a.text.cmp(&b.text)).then(a.chain.cmp(&b.chain)));
     let heard = ballots.iter().filter(|ballot| ballot.answer.fits || !any_fits);
-    let weight = heard.map(|ballot| ballot.weight).sum();
+    // Not `sum`, which makes minus zero of nothing.
+    let weight = heard.fold(0.0, |weight, ballot| weight + ballot.weight);
     Some(Camp { key, heaviest: *ballots.first()?, ballots, weight })
 }
 
@@ -279,6 +280,7 @@ mod tests {
         };
         let tally = tally(&[cast(0, "yes or no", 0.9), cast(1, "No.", 0.1)], Risk::Low).unwrap();
         assert_eq!((tally.answer.as_str(), tally.margin), ("No", 1.0));
+        assert_eq!(tally.votes[1].weight.to_string(), "0");
     }
 
     #[test]
