@@ -1,10 +1,12 @@
 //! A judge that outlives the environments it asks: one that panics or never returns costs a rollout, not the trainer.
 //!
 //! ```text
-//!  trainer ──(environment, seed, answer)──▶ thread: task, reward ──within the limit──▶ Judgement
-//!                                             │ panics: caught, told
-//!                                             └ too late: the thread is left behind and another one takes its place
+//!  trainer ──(environment, seed, answer)…──▶ thread: task, reward ──each within the limit──▶ Judgement…
+//!                                              │ panics: caught, told
+//!                                              └ too late: the thread is left behind and another one takes its place
 //! ```
+//!
+//! A batch's questions are asked together: to wake a thread for each of them costs more than most rewards do.
 //!
 //! A thread cannot be stopped from outside, so those that are left behind are counted; at [`MAX_STUCK`] the judge asks nothing more
 //! until one of them has come back.
@@ -25,6 +27,8 @@ pub const MAX_STUCK: usize = 4;
 pub const DEFAULT_LIMIT: Duration = Duration::from_secs(2);
 /// What is kept of a panic's message.
 const MAX_MESSAGE: usize = 200;
+/// Questions that a thread has at a time.
+const QUEUE: usize = 256;
 
 /// What an environment says to an answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,6 +38,9 @@ pub struct Judgement {
     /// What the answer earns.
     pub reward: f32,
 }
+
+/// An answer to be judged: the environment's name, the seed of its training task, and the answer's tokens.
+pub type Claim<'a> = (&'a str, u64, &'a [u32]);
 
 /// Why there is no judgement.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -82,6 +89,7 @@ pub enum JudgeError {
     NoThread,
 }
 
+#[derive(Clone)]
 struct Question {
     environment: Arc<dyn Environment>,
     seed: u64,
@@ -132,44 +140,73 @@ impl Judge {
     /// # Errors
     /// [`JudgeError`]; the judge itself goes on.
     pub fn judge(&mut self, environment: &str, seed: u64, answer: &[u32]) -> Result<Judgement, JudgeError> {
-        let known = self.environments.get(environment).cloned();
-        let asked = known.ok_or_else(|| JudgeError::Unknown(environment.to_owned()))?;
+        self.judge_all(&[(environment, seed, answer)]).pop().unwrap_or(Err(JudgeError::NoThread))
+    }
+
+    /// Judges many answers, each as [`Judge::judge`] does, and returns what became of each in their order.
+    pub fn judge_all(&mut self, claims: &[Claim<'_>]) -> Vec<Result<Judgement, JudgeError>> {
+        let questions: Vec<Result<Question, JudgeError>> = claims.iter().map(|claim| self.question(claim)).collect();
+        let known: Vec<&Question> = questions.iter().filter_map(|question| question.as_ref().ok()).collect();
+        let mut judged = Vec::with_capacity(known.len());
+        while judged.len() < known.len() {
+            let left = &known[judged.len()..];
+            judged.extend(self.some(&left[..left.len().min(QUEUE)]));
+        }
+        let mut judged = judged.into_iter();
+        let result = |question: Result<Question, JudgeError>| {
+            question.and_then(|_| judged.next().unwrap_or(Err(JudgeError::NoThread)))
+        };
+        questions.into_iter().map(result).collect()
+    }
+
+    fn question(&self, (environment, seed, answer): &Claim<'_>) -> Result<Question, JudgeError> {
+        let known = self.environments.get(*environment).cloned();
+        let asked = known.ok_or_else(|| JudgeError::Unknown((*environment).to_owned()))?;
+        Ok(Question { environment: asked, seed: *seed, answer: Tokenizer.decode(answer) })
+    }
+
+    /// Asks one thread all of these, of which there is one at least, and returns what it said before it was left behind, if it was.
+    fn some(&mut self, questions: &[&Question]) -> Vec<Result<Judgement, JudgeError>> {
         let worker = match self.worker.take() {
             Some(worker) => worker,
-            None if self.stuck() >= MAX_STUCK => return Err(JudgeError::Stuck),
-            None => Worker::start().ok_or(JudgeError::NoThread)?,
+            None if self.stuck() >= MAX_STUCK => return vec![Err(JudgeError::Stuck); questions.len()],
+            None => match Worker::start() {
+                Some(worker) => worker,
+                None => return vec![Err(JudgeError::NoThread); questions.len()],
+            },
         };
-        let environment = environment.to_owned();
-        let question = Question { environment: asked, seed, answer: Tokenizer.decode(answer) };
-        // A thread that is gone takes no question, and answers none: that is told apart below.
-        let _ = worker.questions.send(question);
-        match worker.answers.recv_timeout(self.limit) {
-            Ok(answer) => {
-                self.worker = Some(worker);
-                let judgement = answer.map_err(|message| JudgeError::Panicked {
-                    environment: environment.clone(),
-                    seed,
-                    message,
-                })?;
-                let sound = judgement.reward.is_finite();
-                if sound { Ok(judgement) } else { Err(JudgeError::NotANumber { environment, seed }) }
-            }
-            Err(RecvTimeoutError::Timeout) => {
-                self.left_behind.push(worker.thread);
-                Err(JudgeError::TooSlow { environment, seed, limit: self.limit })
-            }
-            Err(RecvTimeoutError::Disconnected) => {
-                let message = "its thread ended".to_owned();
-                Err(JudgeError::Panicked { environment, seed, message })
+        for question in questions {
+            // A thread that is gone takes no question, and answers none: that is told apart below.
+            let _ = worker.questions.send((*question).clone());
+        }
+        let mut said = Vec::with_capacity(questions.len());
+        for question in questions {
+            let (environment, seed) = (question.environment.name(), question.seed);
+            match worker.answers.recv_timeout(self.limit) {
+                Ok(Ok(judgement)) if judgement.reward.is_finite() => said.push(Ok(judgement)),
+                Ok(Ok(_)) => said.push(Err(JudgeError::NotANumber { environment, seed })),
+                Ok(Err(message)) => said.push(Err(JudgeError::Panicked { environment, seed, message })),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.left_behind.push(worker.thread);
+                    said.push(Err(JudgeError::TooSlow { environment, seed, limit: self.limit }));
+                    return said;
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    let message = "its thread ended".to_owned();
+                    said.push(Err(JudgeError::Panicked { environment, seed, message }));
+                    return said;
+                }
             }
         }
+        self.worker = Some(worker);
+        said
     }
 }
 
 impl Worker {
     fn start() -> Option<Self> {
-        let (questions, asked) = sync_channel::<Question>(1);
-        let (answered, answers) = sync_channel(1);
+        let (questions, asked) = sync_channel::<Question>(QUEUE);
+        let (answered, answers) = sync_channel(QUEUE);
         let work = move || {
             let mut last = None;
             // Ends when the judge is gone, or has left this thread behind.
@@ -269,6 +306,28 @@ mod tests {
         let prompt = training_task_of(&**judge.environment("moody-1").unwrap(), 9).prompt;
         assert_eq!(*task.prompt, *Tokenizer.encode(&prompt));
         assert_eq!(judge.stuck(), 0);
+    }
+
+    #[test]
+    fn many_answers_are_judged_in_their_order_whatever_one_of_them_does() {
+        let (mut judge, open) = judge();
+        let answers: Vec<Vec<u32>> =
+            ["good", "panic", "bad", "hang", "good", "nan", "good"].map(|answer| Tokenizer.encode(answer)).into();
+        let mut claims: Vec<Claim<'_>> = answers.iter().map(|answer| ("moody-1", 7, &answer[..])).collect();
+        claims.insert(2, ("other-1", 7, &answers[0]));
+        // More than a thread has at a time.
+        claims.extend(std::iter::repeat_n(("moody-1", 8, &answers[0][..]), 2 * QUEUE));
+        let said = judge.judge_all(&claims);
+        assert_eq!(said.len(), claims.len());
+        let reward = |n: usize| said[n].as_ref().map(|judgement| judgement.reward);
+        assert_eq!([0, 3, 5, 7].map(reward), [Ok(1.0), Ok(0.0), Ok(1.0), Ok(1.0)]);
+        assert!(matches!(reward(1), Err(JudgeError::Panicked { .. })));
+        assert!(matches!(reward(2), Err(JudgeError::Unknown(_))));
+        assert!(matches!(reward(4), Err(JudgeError::TooSlow { .. })));
+        assert!(matches!(reward(6), Err(JudgeError::NotANumber { .. })));
+        assert!((8..claims.len()).all(|n| reward(n) == Ok(1.0)));
+        assert_eq!(judge.stuck(), 1);
+        open.send(()).unwrap();
     }
 
     #[test]

@@ -14,7 +14,7 @@ mod sokoban;
 use chorus_machine::Rng;
 
 pub use arithmetic::Arithmetic;
-pub use judge::{DEFAULT_LIMIT, Judge, JudgeError, Judgement, MAX_STUCK};
+pub use judge::{Claim, DEFAULT_LIMIT, Judge, JudgeError, Judgement, MAX_STUCK};
 pub use knights::Knights;
 pub use sokoban::Sokoban;
 

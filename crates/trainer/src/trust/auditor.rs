@@ -9,7 +9,7 @@ use chorus_protocol::{Hash, NodeId};
 use chorus_rollout::buffer::Batch;
 
 use super::{CopyWatch, Distance, Finding, Tolerance, Verdict, recompute};
-use crate::env::Judge;
+use crate::env::{Claim, Judge, JudgeError, Judgement};
 use crate::policy::Policy;
 use crate::train::Trajectory;
 
@@ -161,8 +161,7 @@ impl Auditor {
     /// # Errors
     /// candle's.
     pub fn examine(&mut self, rollouts: &[(NodeId, &Rollout)], judge: &mut Judge) -> Result<Vec<Verdict>> {
-        let mut verdicts: Vec<Verdict> =
-            rollouts.iter().map(|(sampler, rollout)| self.at_first_sight(*sampler, rollout, judge)).collect();
+        let mut verdicts = self.at_first_sight(rollouts, judge);
         let looked_at = |at: &usize| verdicts[*at].is_usable() && self.is_drawn(rollouts[*at].0, rollouts[*at].1);
         let drawn: Vec<usize> = (0..rollouts.len()).filter(looked_at).collect();
         self.tally.recomputed += drawn.len() as u64;
@@ -188,18 +187,30 @@ impl Auditor {
         Ok(verdicts)
     }
 
-    /// Whether it came before, and what needs no weights.
-    fn at_first_sight(&mut self, sampler: NodeId, rollout: &Rollout, judge: &mut Judge) -> Verdict {
+    /// What came before, and what needs no weights.
+    fn at_first_sight(&mut self, rollouts: &[(NodeId, &Rollout)], judge: &mut Judge) -> Vec<Verdict> {
+        let fresh: Vec<bool> = rollouts.iter().map(|(sampler, rollout)| self.is_new(*sampler, rollout)).collect();
+        let asked = rollouts.iter().zip(&fresh).filter(|(_, fresh)| **fresh);
+        let claims: Vec<Claim<'_>> = asked.map(|((_, rollout), _)| claim(rollout)).collect();
+        let mut said = judge.judge_all(&claims).into_iter();
+        let verdict = |((_, rollout), fresh): (&(NodeId, &Rollout), bool)| {
+            let said = if fresh { said.next() } else { None };
+            said.map_or(Verdict::Repeated, |said| judged(rollout, said))
+        };
+        rollouts.iter().zip(fresh).map(verdict).collect()
+    }
+
+    fn is_new(&mut self, sampler: NodeId, rollout: &Rollout) -> bool {
         let place = (sampler, rollout.group, rollout.member);
         if !self.seen.insert(place) {
-            return Verdict::Repeated;
+            return false;
         }
         self.seen_order.push_back(place);
         if self.seen_order.len() > MAX_SEEN {
             let oldest = self.seen_order.pop_front();
             oldest.map(|oldest| self.seen.remove(&oldest));
         }
-        judged(rollout, judge)
+        true
     }
 
     /// Decides whether a rollout's log-probabilities are computed again. Who does not know the secret cannot tell before.
@@ -240,9 +251,14 @@ impl Auditor {
     }
 }
 
-/// Holds a rollout against its environment.
-pub(super) fn judged(rollout: &Rollout, judge: &mut Judge) -> Verdict {
-    match judge.judge(rollout.environment.as_str(), rollout.seed, &rollout.completion) {
+/// What a rollout claims to have earned, to be judged.
+pub(super) fn claim(rollout: &Rollout) -> Claim<'_> {
+    (rollout.environment.as_str(), rollout.seed, &rollout.completion)
+}
+
+/// Holds a rollout against what its environment says.
+pub(super) fn judged(rollout: &Rollout, said: std::result::Result<Judgement, JudgeError>) -> Verdict {
+    match said {
         Err(error) => Verdict::Unjudged(error),
         Ok(judgement) if judgement.prompt != rollout.prompt => Verdict::WrongPrompt,
         Ok(judgement) if (judgement.reward - rollout.reward).abs() > REWARD || !rollout.reward.is_finite() => {

@@ -5,7 +5,7 @@ use chorus_protocol::policy::Version;
 use chorus_protocol::rollout::{GroupId, Rollout, RolloutFrame};
 use chorus_protocol::{NetworkId, NodeId, Received, Verified, VerifyError};
 
-use super::auditor::judged;
+use super::auditor::{claim, judged};
 use super::{CopyWatch, Distance, Tolerance, Verdict, recompute};
 use crate::env::Judge;
 use crate::policy::Policy;
@@ -128,7 +128,8 @@ fn alone<'a>(
     weights: &impl Fn(&Version) -> Option<&'a Policy>,
     tolerance: Tolerance,
 ) -> CandleResult<Verdict> {
-    let verdict = judged(rollout, judge);
+    let (environment, seed, answer) = claim(rollout);
+    let verdict = judged(rollout, judge.judge(environment, seed, answer));
     if !verdict.is_usable() {
         return Ok(verdict);
     }
