@@ -184,7 +184,7 @@ impl<C, T: Decode<C> + 'static, const MAX: usize> Decode<C> for List<T, MAX> {
     fn decode<D: Decoder<Context = C>>(decoder: &mut D) -> Result<Self, DecodeError> {
         const OVER: &str = "a list is over its limit";
         if TypeId::of::<T>() == TypeId::of::<u8>() {
-            let mut bytes = read_bytes(decoder, MAX, OVER)?;
+            let mut bytes: Vec<u8> = read_bytes(decoder, MAX, OVER)?;
             // The safe way to say that a vector of bytes is a vector of T once T is known to be a byte.
             let bytes: &mut dyn Any = &mut bytes;
             return Ok(Self(bytes.downcast_mut::<Vec<T>>().map(mem::take).unwrap_or_default()));
@@ -210,12 +210,16 @@ fn read_len<D: Decoder>(decoder: &mut D, max: usize, over: &'static str) -> Resu
     usize::try_from(len).ok().filter(|len| *len <= max).ok_or(DecodeError::Other(over))
 }
 
-/// Decodes a byte string of at most `max` bytes, and allocates for no byte that is not there.
-pub(crate) fn read_bytes<D: Decoder>(decoder: &mut D, max: usize, over: &'static str) -> Result<Vec<u8>, DecodeError> {
+/// Decodes a byte string of at most `max` bytes, copies it once if its reader can look ahead, and allocates for no byte that is not there.
+pub(crate) fn read_bytes<T, D>(decoder: &mut D, max: usize, over: &'static str) -> Result<T, DecodeError>
+where
+    T: for<'a> From<&'a [u8]>,
+    D: Decoder,
+{
     let len = read_len(decoder, max, over)?;
     decoder.claim_bytes_read(len)?;
     if let Some(bytes) = decoder.reader().peek_read(len) {
-        let bytes = bytes.to_vec();
+        let bytes = T::from(bytes);
         decoder.reader().consume(len);
         return Ok(bytes);
     }
@@ -226,5 +230,5 @@ pub(crate) fn read_bytes<D: Decoder>(decoder: &mut D, max: usize, over: &'static
         bytes.resize(len.min(start + READ_CHUNK_BYTES), 0);
         decoder.reader().read(&mut bytes[start..])?;
     }
-    Ok(bytes)
+    Ok(T::from(&bytes))
 }

@@ -129,6 +129,13 @@ impl<T> Received<T> {
         &self.0.signature
     }
 
+    /// Returns the envelope's encoding in two parts, one behind the other. The second is what was signed; it is shared, not copied.
+    #[must_use]
+    pub fn to_parts(&self) -> (Vec<u8>, Arc<[u8]>) {
+        let head = (self.0.author, self.0.signature, self.0.bytes.len() as u64);
+        (codec::encode(&head), Arc::clone(&self.0.bytes))
+    }
+
     /// Returns how many bytes were signed.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -175,7 +182,7 @@ impl<C, T: Signable> Decode<C> for Received<T> {
         let author = NodeId::decode(decoder)?;
         let signature = <[u8; 64]>::decode(decoder)?;
         let bytes = read_bytes(decoder, T::MAX_BYTES, "a signed record is over the limit of its kind")?;
-        Ok(Self(Parts { author, signature, bytes: bytes.into(), kind: PhantomData }))
+        Ok(Self(Parts { author, signature, bytes, kind: PhantomData }))
     }
 }
 

@@ -472,28 +472,28 @@ impl Encode for RolloutFrame {
     fn encode<E: Encoder>(&self, encoder: &mut E) -> Result<(), EncodeError> {
         self.head.encode(encoder)?;
         let Self { groups, rollouts, switches, .. } = self;
-        columns::write(encoder, &groups.id, |x| x)?;
-        columns::write(encoder, &groups.seed, |x| x)?;
-        columns::write(encoder, &groups.prompt_len, |x| x)?;
-        columns::write(encoder, &groups.environment, |x| x)?;
-        columns::write(encoder, &rollouts.completion_len, |x| x)?;
-        columns::write(encoder, &rollouts.reward, |x| x)?;
-        columns::write(encoder, &rollouts.group, |x| x)?;
-        columns::write(encoder, &rollouts.member, |x| x)?;
-        columns::write(encoder, &rollouts.finish, |x| x)?;
-        columns::write(encoder, &rollouts.version, |x| x)?;
-        columns::write(encoder, &rollouts.switches, |x| x)?;
-        columns::write(encoder, &switches.at, |x| x)?;
-        columns::write(encoder, &switches.version, |x| x)?;
+        columns::write(encoder, &groups.id)?;
+        columns::write(encoder, &groups.seed)?;
+        columns::write(encoder, &groups.prompt_len)?;
+        columns::write(encoder, &groups.environment)?;
+        columns::write(encoder, &rollouts.completion_len)?;
+        columns::write(encoder, &rollouts.reward)?;
+        columns::write(encoder, &rollouts.group)?;
+        columns::write(encoder, &rollouts.member)?;
+        columns::write(encoder, &rollouts.finish)?;
+        columns::write(encoder, &rollouts.version)?;
+        columns::write(encoder, &rollouts.switches)?;
+        columns::write(encoder, &switches.at)?;
+        columns::write(encoder, &switches.version)?;
         for ids in [&self.prompts, &self.tokens] {
             if self.head.narrow {
                 #[allow(clippy::cast_possible_truncation, reason = "narrow says that every id fits")]
-                columns::write(encoder, ids, |id| id as u16)?;
+                columns::write_as(encoder, ids, |id| id as u16)?;
             } else {
-                columns::write(encoder, ids, |id| id)?;
+                columns::write(encoder, ids)?;
             }
         }
-        columns::write(encoder, &self.log_probs, |x| x)
+        columns::write(encoder, &self.log_probs)
     }
 }
 
@@ -512,34 +512,34 @@ impl<C> Decode<C> for RolloutFrame {
             return Err(DecodeError::Other("a frame's columns are over their limit"));
         }
         let groups = {
-            let id = columns::read(decoder, g, |x: u64| x)?;
-            let seed = columns::read(decoder, g, |x: u64| x)?;
-            let prompt_len = columns::read(decoder, g, |x: u32| x)?;
-            Groups { id, seed, prompt_len, environment: columns::read(decoder, g, |x: u8| x)? }
+            let id = columns::read(decoder, g)?;
+            let seed = columns::read(decoder, g)?;
+            let prompt_len = columns::read(decoder, g)?;
+            Groups { id, seed, prompt_len, environment: columns::read(decoder, g)? }
         };
-        let completion_len = columns::read(decoder, r, |x: u32| x)?;
-        let reward = columns::read(decoder, r, |x: f32| x)?;
-        let group = columns::read(decoder, r, |x: u16| x)?;
-        let member = columns::read(decoder, r, |x: u16| x)?;
-        let finish = columns::read(decoder, r, |x: u8| x)?;
-        let version = columns::read(decoder, r, |x: u8| x)?;
-        let switches = columns::read(decoder, r, |x: u8| x)?;
+        let completion_len = columns::read(decoder, r)?;
+        let reward = columns::read(decoder, r)?;
+        let group = columns::read(decoder, r)?;
+        let member = columns::read(decoder, r)?;
+        let finish = columns::read(decoder, r)?;
+        let version = columns::read(decoder, r)?;
+        let switches = columns::read(decoder, r)?;
         let rollouts = Rollouts { group, member, completion_len, reward, finish, version, switches };
         if rollouts.switches.iter().map(|many| usize::from(*many)).sum::<usize>() != s {
             return Err(DecodeError::Other("changes of version do not add up"));
         }
-        let at = columns::read(decoder, s, |x: u32| x)?;
-        let switches = Switches { at, version: columns::read(decoder, s, |x: u8| x)? };
+        let at = columns::read(decoder, s)?;
+        let switches = Switches { at, version: columns::read(decoder, s)? };
         let (prompt_count, token_count) = (sum(&groups.prompt_len)?, sum(&rollouts.completion_len)?);
         let mut ids = |count| {
             if head.narrow {
-                columns::read(decoder, count, |id: u16| u32::from(id))
+                columns::read_as(decoder, count, |id: u16| u32::from(id))
             } else {
-                columns::read(decoder, count, |id: u32| id)
+                columns::read(decoder, count)
             }
         };
         let (prompts, tokens) = (ids(prompt_count)?, ids(token_count)?);
-        let log_probs = columns::read(decoder, token_count, |x: f32| x)?;
+        let log_probs = columns::read(decoder, token_count)?;
         let frame = Self { head, groups, rollouts, switches, prompts, tokens, log_probs };
         frame.check().map_err(DecodeError::Other)?;
         Ok(frame)

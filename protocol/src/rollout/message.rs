@@ -1,5 +1,7 @@
 //! The messages of the bulk plane. Each travels alone on an ordered stream between two nodes that know each other's keys.
 
+use std::sync::Arc;
+
 use bincode::{Decode, Encode};
 use serde::Serialize;
 
@@ -132,6 +134,9 @@ pub struct WorkReport {
     pub reason: Refusal,
 }
 
+/// The number of [`Bulk::Frame`] among the messages.
+const FRAME: u32 = 2;
+
 /// One message of the bulk plane.
 #[derive(Clone, Debug, PartialEq, Encode, Decode)]
 pub enum Bulk {
@@ -255,6 +260,15 @@ impl Bulk {
             return Err(DecodeError::TooLarge { kind: Self::KIND, len: bytes.len(), max: Self::MAX_BYTES });
         }
         Ok(bytes)
+    }
+
+    /// Returns the encoding in two parts, one behind the other, of which the second may be empty: a frame's rollouts, which are shared and
+    /// not copied.
+    #[must_use]
+    pub fn to_parts(&self) -> (Vec<u8>, Arc<[u8]>) {
+        let Self::Frame(frame) = self else { return (codec::encode(self), Arc::default()) };
+        let (envelope, rollouts) = frame.to_parts();
+        ([codec::encode(&FRAME), envelope].concat(), rollouts)
     }
 
     /// Decodes a message.

@@ -89,6 +89,9 @@ fn messages_round_trip_and_survive_every_altered_byte() {
     for (name, message) in sample::messages() {
         let bytes = message.to_bytes().unwrap();
         assert_eq!(Bulk::from_bytes(&bytes).unwrap(), message, "{name}");
+        let (head, rollouts) = message.to_parts();
+        assert_eq!([&head, &rollouts[..]].concat(), bytes, "{name} in parts");
+        assert_eq!(rollouts.is_empty(), !matches!(message, Bulk::Frame(_)), "{name}");
         for index in 0..bytes.len() {
             assert!(Bulk::from_bytes(&bytes[..index]).is_err(), "{name} cut to {index}");
             for flip in [1, 0x10, 0xff] {

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use chorus_protocol::rollout::Bulk;
 use chorus_protocol::{NodeId, codec};
 use libp2p::StreamProtocol;
@@ -49,7 +50,10 @@ impl BulkHandle {
         if len > Bulk::MAX_BYTES {
             return Err(BulkError::TooLarge { len });
         }
-        self.plane.queue(session, len, token, || codec::encode(message))
+        self.plane.queue(session, len, token, || {
+            let (head, rollouts) = message.to_parts();
+            [Bytes::from(head), Bytes::from_owner(rollouts)].into_iter().filter(|part| !part.is_empty()).collect()
+        })
     }
 
     /// Closes a session once what was queued on it has left, or two seconds later. `Closed` follows.

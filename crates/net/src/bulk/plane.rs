@@ -28,7 +28,8 @@ pub(super) const FAREWELL: Duration = Duration::from_secs(2);
 /// A message that waits to leave, and its share of the bytes that may wait.
 #[derive(Debug)]
 pub(super) struct Outgoing {
-    pub(super) bytes: Bytes,
+    /// Its bytes, in one part or two.
+    pub(super) parts: Vec<Bytes>,
     pub(super) token: Option<u64>,
     /// Held until the message is dropped.
     _share: Option<OwnedSemaphorePermit>,
@@ -37,7 +38,12 @@ pub(super) struct Outgoing {
 impl Outgoing {
     /// No message, only a sign of life.
     pub(super) const fn sign() -> Self {
-        Self { bytes: Bytes::new(), token: None, _share: None }
+        Self { parts: Vec::new(), token: None, _share: None }
+    }
+
+    /// How many bytes it has.
+    pub(super) fn len(&self) -> usize {
+        self.parts.iter().map(Bytes::len).sum()
     }
 }
 
@@ -146,7 +152,7 @@ impl Plane {
         session: SessionId,
         len: usize,
         token: Option<u64>,
-        encode: impl FnOnce() -> Vec<u8>,
+        encode: impl FnOnce() -> Vec<Bytes>,
     ) -> Result<(), BulkError> {
         if self.stop.is_cancelled() {
             return Err(BulkError::Stopped);
@@ -161,7 +167,7 @@ impl Plane {
             mpsc::error::TrySendError::Full(()) => BulkError::Full,
             mpsc::error::TrySendError::Closed(()) => BulkError::Gone,
         })?;
-        slot.send(Outgoing { bytes: encode().into(), token, _share: Some(share) });
+        slot.send(Outgoing { parts: encode(), token, _share: Some(share) });
         Ok(())
     }
 

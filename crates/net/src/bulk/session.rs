@@ -71,10 +71,13 @@ impl Speaker<'_> {
 
     async fn speak(&mut self) -> Result<(), CloseReason> {
         let mut batch = Vec::with_capacity(BATCH_MESSAGES);
-        let mut parts = Vec::with_capacity(2 * BATCH_MESSAGES);
+        let mut parts = Vec::with_capacity(3 * BATCH_MESSAGES);
         while let Some(first) = self.next().await {
             gather(first, self.queue, &mut batch);
-            parts.extend(batch.iter().flat_map(|Outgoing { bytes, .. }| [prefix_of(bytes.len()), bytes.clone()]));
+            for message in &batch {
+                parts.push(prefix_of(message.len()));
+                parts.extend(message.parts.iter().cloned());
+            }
             self.writer.write(&mut parts).await?;
             parts.clear();
             for Outgoing { token, .. } in batch.drain(..) {
@@ -101,11 +104,11 @@ impl Speaker<'_> {
 
 /// Takes what waits already, up to what may leave together.
 fn gather(first: Outgoing, queue: &mut mpsc::Receiver<Outgoing>, batch: &mut Vec<Outgoing>) {
-    let mut size = first.bytes.len();
+    let mut size = first.len();
     batch.push(first);
     while batch.len() < BATCH_MESSAGES && size < BATCH_BYTES {
         let Ok(next) = queue.try_recv() else { break };
-        size += next.bytes.len();
+        size += next.len();
         batch.push(next);
     }
 }
