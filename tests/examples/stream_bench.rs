@@ -16,8 +16,8 @@ use std::fs::File;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::mpsc as sync;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -25,8 +25,8 @@ use chorus_net::{BulkConfig, BulkError, BulkEvent, BulkHandle, BulkPlane, Net, N
 use chorus_protocol::job::Finish;
 use chorus_protocol::policy::{PolicyId, Version};
 use chorus_protocol::rollout::{Bulk, GroupId, Rollout, RolloutFrame, Segment};
-use chorus_protocol::{Hash, List, NetworkId, SecretKey, Text, Verified, WallTime, codec};
-use chorus_store::{Batch, Durability, Record, Store};
+use chorus_protocol::{Hash, List, NetworkId, SecretKey, Text, Verified, WallTime};
+use chorus_store::{Blobs, Committer, Staged, StoreError};
 use quinn::rustls;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
@@ -109,54 +109,68 @@ fn drain(mut events: mpsc::Receiver<NetEvent>) {
     tokio::spawn(async move { while events.recv().await.is_some() {} });
 }
 
-/// The trainer's frames on disk.
+/// The trainer's frames on disk, as a training room keeps them.
 struct Kept {
-    store: Store,
-    live: VecDeque<Vec<u8>>,
+    store: Blobs,
+    live: Arc<Mutex<VecDeque<Vec<u8>>>>,
     written: u64,
 }
 
+/// Frames that are being brought onto the disk: their keys, and their numbers.
+type Ticket = (Vec<Vec<u8>>, Vec<u64>);
+
 impl Kept {
     fn open(path: &Path, network: &NetworkId) -> Self {
-        Self { store: Store::open_for_large(path, network).unwrap(), live: VecDeque::new(), written: 0 }
+        Self { store: Blobs::open(path, network, "frames").unwrap(), live: Arc::default(), written: 0 }
     }
 
-    /// Writes frames with one sync, and deletes as many of the oldest.
-    fn write(&mut self, frames: &[Verified<RolloutFrame>]) {
-        let record = |key: Vec<u8>, value| Record { table: "frames", key, value };
-        let mut records = Vec::new();
+    /// Writes frames, to be synced together.
+    fn stage(&mut self, frames: &[Verified<RolloutFrame>]) -> (Ticket, Staged) {
+        let mut keys = Vec::new();
+        let mut values = Vec::new();
         for frame in frames {
             self.written += 1;
             // The same frames come again and again, so they are told apart by when they came.
             let key = [frame.author().as_bytes().as_slice(), &self.written.to_be_bytes()].concat();
-            self.live.push_back(key.clone());
-            records.push(record(key, Some(codec::encode(&frame.to_wire()))));
+            let (envelope, rollouts) = frame.to_wire().to_parts();
+            keys.push(key.clone());
+            values.push((key, vec![envelope.into(), rollouts]));
         }
-        self.store.apply(&Batch { records, durability: Durability::Synced, ..Batch::default() }).unwrap();
-        let used = self.live.len().saturating_sub(LIVE);
-        let records: Vec<Record> = self.live.drain(..used).map(|key| record(key, None)).collect();
-        if !records.is_empty() {
-            self.store.apply(&Batch { records, ..Batch::default() }).unwrap();
-        }
+        let sequences = frames.iter().map(|frame| frame.sequence()).collect();
+        ((keys, sequences), self.store.stage(values).unwrap())
+    }
+
+    /// Starts the thread that waits for the disk: it tells which frames are there, and deletes as many of the oldest.
+    fn committer(&self, there: impl Fn(u64) + Send + 'static) -> Committer<Ticket> {
+        let (store, live) = (self.store.clone(), Arc::clone(&self.live));
+        let done = move |(keys, sequences): Ticket, committed: Result<(), StoreError>| {
+            committed.unwrap();
+            sequences.into_iter().for_each(&there);
+            let mut live = live.lock().unwrap();
+            live.extend(keys);
+            let used = live.len().saturating_sub(LIVE);
+            store.delete(live.drain(..used).collect()).unwrap();
+        };
+        Committer::spawn(self.store.clone(), done).unwrap()
     }
 }
 
 /// Writes frames and acknowledges those that are on the disk.
-fn keep(mut kept: Kept, frames: &sync::Receiver<Verified<RolloutFrame>>, bulk: &BulkHandle, session: SessionId) {
+fn keep(mut kept: Kept, frames: &sync::Receiver<Verified<RolloutFrame>>, bulk: BulkHandle, session: SessionId) {
+    let committer = kept.committer(move |sequence| bulk.send(session, &ack(sequence), None).unwrap());
     while let Ok(first) = frames.recv() {
         let group: Vec<_> = std::iter::once(first).chain(frames.try_iter().take(GROUP - 1)).collect();
-        kept.write(&group);
-        for frame in group {
-            bulk.send(session, &ack(frame.sequence()), None).unwrap();
-        }
+        let (ticket, staged) = kept.stage(&group);
+        committer.commit(ticket, staged);
     }
 }
 
 /// Receives, verifies and hands to the disk, for ever.
 async fn train(mut peer: Peer, network: NetworkId, kept: Kept) {
-    let (disk, frames) = sync::sync_channel(GROUP);
+    // While a group is written, another gathers.
+    let (disk, frames) = sync::sync_channel(2 * GROUP);
     let (bulk, session) = (peer.bulk.clone(), peer.session);
-    std::thread::spawn(move || keep(kept, &frames, &bulk, session));
+    std::thread::spawn(move || keep(kept, &frames, bulk, session));
     while let Some(event) = peer.events.recv().await {
         let BulkEvent::Message { message: Bulk::Frame(received), .. } = event else { continue };
         let verified = received.verify(&network).unwrap();
@@ -345,11 +359,14 @@ async fn discard(mut recv: quinn::RecvStream, mut answer: quinn::SendStream) {
 /// Writes all frames into the database, without a network.
 fn store_alone(kept: &mut Kept, frames: &[Verified<RolloutFrame>]) -> Duration {
     let begun = Instant::now();
+    let committer = kept.committer(|_| {});
     let count = usize::try_from(FRAMES).unwrap();
     for first in (0..count).step_by(GROUP) {
         let group = (first..count.min(first + GROUP)).map(|index| frames[index % frames.len()].clone());
-        kept.write(&group.collect::<Vec<_>>());
+        let (ticket, staged) = kept.stage(&group.collect::<Vec<_>>());
+        committer.commit(ticket, staged);
     }
+    drop(committer);
     begun.elapsed()
 }
 
@@ -397,6 +414,13 @@ async fn main() {
         "{:>6} {:>10} {:>10} {:>14} {:>14} {:>10} {:>10}",
         "round", "rollouts", "plane", "bare, tuned", "bare, default", "store", "disk"
     );
+    if std::env::var("PROBE").is_ok() {
+        for _ in 0..20 {
+            let t = sample(&mut sampler, &frames).await;
+            println!("{:.0}", bytes as f64 * FRAMES as f64 / t.as_secs_f64() / 1e6);
+        }
+        return;
+    }
     let rate = |time: Duration| bytes as f64 * FRAMES as f64 / time.as_secs_f64() / 1e6;
     let mut rounds = Vec::new();
     for round in 0..=ROUNDS {

@@ -80,6 +80,18 @@ impl StoreError {
         matches!(self, Self::DiskFull { .. } | Self::Io { .. })
     }
 
+    /// Tells the system's errors apart.
+    pub(crate) fn from_io(path: &Path, error: &std::io::Error) -> Self {
+        use std::io::ErrorKind;
+        let (path, detail) = (path.to_owned(), error.to_string());
+        match error.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+                Self::DiskFull { path, detail }
+            }
+            _ => Self::Io { path, detail },
+        }
+    }
+
     /// Tells RocksDB's errors apart. Beyond its coarse kinds it has only their text.
     pub(crate) fn from_rocksdb(path: &Path, error: &rocksdb::Error) -> Self {
         let (path, detail) = (path.to_owned(), error.as_ref().to_owned());

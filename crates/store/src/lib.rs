@@ -15,9 +15,12 @@
 //! 3. A [`StoreHandle`] writes on a thread of its own. Batches that wait together go to disk in one write with one sync, in the
 //!    order in which they were handed in.
 //!
+//! 4. [`Blobs`] are values that are large and deleted soon. They lie in files beside a database that says where.
+//!
 //! RocksDB's types do not leave this crate. It knows nothing of the ledger's rules either: it stores what it is told.
 
 mod batch;
+mod blobs;
 mod error;
 mod options;
 mod store;
@@ -27,6 +30,7 @@ mod writer;
 mod tests;
 
 pub use batch::{Batch, Durability, Loaded, Record};
+pub use blobs::{Blobs, Committer, Pair, Parts, Staged};
 pub use error::StoreError;
 pub use store::Store;
 pub use writer::{Completion, StoreHandle, SubmitError};

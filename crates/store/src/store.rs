@@ -11,7 +11,7 @@ use rocksdb::{ColumnFamily, DB, IteratorMode, ReadOptions, WriteBatch, WriteOpti
 
 use crate::batch::{Batch, Durability, Loaded, Record};
 use crate::error::StoreError;
-use crate::options::{self, ENTRIES, MARKS, META, PROOFS, RECORDS, Values};
+use crate::options::{self, ENTRIES, MARKS, META, PROOFS, RECORDS};
 
 /// The layout on disk. A change that this program could not read raises it.
 const SCHEMA: u32 = 1;
@@ -36,7 +36,6 @@ pub struct Store {
 struct Inner {
     path: PathBuf,
     network: NetworkId,
-    values: Values,
     writable: bool,
     /// `None` after a failed write, until the next call opens it again: RocksDB refuses everything after a failed write to its
     /// log, and opening is how it recovers.
@@ -49,24 +48,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`] says what is wrong with the directory and what to do.
     pub fn open(path: &Path, network: &NetworkId) -> Result<Self, StoreError> {
-        Self::open_with(path, network, Values::Small)
-    }
-
-    /// As [`Store::open`], for records of up to some megabytes that are deleted soon. Takes up to 128 MiB of memory while much is
-    /// written. Should the disk have altered what was written last, that and what follows it is not there any more: it must be such that
-    /// it can be made again.
-    ///
-    /// # Errors
-    /// As [`Store::open`].
-    pub fn open_for_large(path: &Path, network: &NetworkId) -> Result<Self, StoreError> {
-        Self::open_with(path, network, Values::Large)
-    }
-
-    fn open_with(path: &Path, network: &NetworkId, values: Values) -> Result<Self, StoreError> {
         std::fs::create_dir_all(path)
             .map_err(|error| StoreError::Io { path: path.to_owned(), detail: error.to_string() })?;
-        let db = open_writable(path, network, values)?;
-        Ok(Self::new(path, network, Some(db), values, true))
+        let db = open_writable(path, network)?;
+        Ok(Self::new(path, network, Some(db), true))
     }
 
     /// Opens the directory to look at it, also while it cannot be written. Meant for a stopped node; of a running one it shows
@@ -79,16 +64,15 @@ impl Store {
             return Err(StoreError::Missing { path: path.to_owned() });
         }
         let fail = |error| StoreError::from_rocksdb(path, &error);
-        let values = Values::Small;
-        let names = DB::list_cf(&options::database(values), path).map_err(fail)?;
-        let families = options::families(names.iter().map(String::as_str), values);
-        let db = DB::open_cf_descriptors_read_only(&options::database(values), path, families, false).map_err(fail)?;
+        let names = DB::list_cf(&options::database(), path).map_err(fail)?;
+        let families = options::families(names.iter().map(String::as_str));
+        let db = DB::open_cf_descriptors_read_only(&options::database(), path, families, false).map_err(fail)?;
         check_meta(&db, path, network)?;
-        Ok(Self::new(path, network, Some(db), values, false))
+        Ok(Self::new(path, network, Some(db), false))
     }
 
-    fn new(path: &Path, network: &NetworkId, db: Option<DB>, values: Values, writable: bool) -> Self {
-        let inner = Inner { path: path.to_owned(), network: network.clone(), values, writable, db: RwLock::new(db) };
+    fn new(path: &Path, network: &NetworkId, db: Option<DB>, writable: bool) -> Self {
+        let inner = Inner { path: path.to_owned(), network: network.clone(), writable, db: RwLock::new(db) };
         Self { inner: Arc::new(inner) }
     }
 
@@ -132,10 +116,10 @@ impl Store {
     }
 
     /// Opens the database again after a failed write.
-    fn heal(&self) -> Result<(), StoreError> {
+    pub(crate) fn heal(&self) -> Result<(), StoreError> {
         let mut db = self.inner.db.write().unwrap_or_else(PoisonError::into_inner);
         if db.is_none() {
-            *db = Some(open_writable(&self.inner.path, &self.inner.network, self.inner.values)?);
+            *db = Some(open_writable(&self.inner.path, &self.inner.network)?);
         }
         Ok(())
     }
@@ -252,15 +236,15 @@ impl Store {
     }
 }
 
-fn open_writable(path: &Path, network: &NetworkId, values: Values) -> Result<DB, StoreError> {
+fn open_writable(path: &Path, network: &NetworkId) -> Result<DB, StoreError> {
     let fail = |error| StoreError::from_rocksdb(path, &error);
     let mut names: BTreeSet<String> = options::FAMILIES.iter().map(|name| (*name).to_owned()).collect();
     // A family that this program does not know must be opened too, to find out whose it is.
     if path.join("CURRENT").is_file() {
-        names.extend(DB::list_cf(&options::database(values), path).map_err(fail)?);
+        names.extend(DB::list_cf(&options::database(), path).map_err(fail)?);
     }
-    let families = options::families(names.iter().map(String::as_str), values);
-    let db = DB::open_cf_descriptors(&options::database(values), path, families).map_err(fail)?;
+    let families = options::families(names.iter().map(String::as_str));
+    let db = DB::open_cf_descriptors(&options::database(), path, families).map_err(fail)?;
     if db.get_cf(family(&db, META, path)?, SCHEMA_KEY).map_err(fail)?.is_none() {
         let meta = family(&db, META, path)?;
         let mut write = WriteBatch::default();

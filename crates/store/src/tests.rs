@@ -12,7 +12,7 @@ use chorus_protocol::entry::{Body, Entry, Equivocation};
 use chorus_protocol::{Hash, NetworkId, SecretKey, Verified, WallTime};
 use proptest::prelude::*;
 
-use crate::{Batch, Completion, Durability, Record, Store, StoreError, StoreHandle, SubmitError};
+use crate::{Batch, Blobs, Completion, Durability, Record, Store, StoreError, StoreHandle, SubmitError};
 
 fn network() -> NetworkId {
     "test".parse().unwrap()
@@ -142,39 +142,6 @@ fn proofs_marks_and_records_come_back_and_go_again() {
     assert_eq!(store.records("tasks").unwrap(), table[1..]);
 }
 
-#[test]
-fn large_values_come_back_and_leave_no_room_behind() {
-    const BYTES: usize = 256 << 10;
-    const LIVE: u32 = 16;
-    let dir = tempfile::tempdir().unwrap();
-    let record = |n: u32, value| Record { table: "frames", key: n.to_be_bytes().to_vec(), value };
-    let value = |n: u32| {
-        let mut bytes = vec![0; BYTES];
-        let mut left = n;
-        bytes.iter_mut().for_each(|byte| {
-            left = left.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            *byte = left.to_be_bytes()[0];
-        });
-        bytes
-    };
-    let mut store = Store::open_for_large(dir.path(), &network()).unwrap();
-    for n in 0..1_200u32 {
-        let gone = n.checked_sub(LIVE).map(|old| record(old, None));
-        let records = std::iter::once(record(n, Some(value(n)))).chain(gone).collect();
-        store.apply(&Batch { records, ..Batch::default() }).unwrap();
-        if n % 400 == 399 {
-            drop(store);
-            store = Store::open_for_large(dir.path(), &network()).unwrap();
-            let there = store.records("frames").unwrap();
-            let want: Vec<_> = (n + 1 - LIVE..=n).map(|n| (n.to_be_bytes().to_vec(), value(n))).collect();
-            assert!(there == want, "after {n}");
-        }
-    }
-    let files = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len());
-    let bytes: u64 = files.sum();
-    assert!(bytes < 200 << 20, "{bytes} bytes for {LIVE} values of {BYTES}");
-}
-
 // ---- what is wrong with a directory is said ----
 
 #[test]
@@ -220,13 +187,8 @@ fn another_schema_is_refused_and_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     drop(Store::open(dir.path(), &network()).unwrap());
     {
-        let families = crate::options::families(crate::options::FAMILIES, crate::options::Values::Small);
-        let mut db = rocksdb::DB::open_cf_descriptors(
-            &crate::options::database(crate::options::Values::Small),
-            dir.path(),
-            families,
-        )
-        .unwrap();
+        let families = crate::options::families(crate::options::FAMILIES);
+        let mut db = rocksdb::DB::open_cf_descriptors(&crate::options::database(), dir.path(), families).unwrap();
         db.put_cf(db.cf_handle("meta").unwrap(), b"schema", 9u32.to_le_bytes()).unwrap();
         db.create_cf("of_the_future", &rocksdb::Options::default()).unwrap();
     }
@@ -390,21 +352,25 @@ fn child_process() {
 /// Values that [`write_frames`] leaves.
 const FRAMES: u64 = 8;
 
-fn frame(seq: u64, value: Option<Vec<u8>>) -> Record {
-    Record { table: "frames", key: seq.to_be_bytes().to_vec(), value }
+fn frames(dir: &Path) -> Blobs {
+    Blobs::open(dir, &network(), "frames").unwrap()
 }
 
 /// Writes large values for ever, each in place of the one that is [`FRAMES`] older.
 fn write_frames(dir: &Path) {
-    let store = Store::open_for_large(dir, &network()).unwrap();
-    let last =
-        store.records("frames").unwrap().last().map_or(0, |(key, _)| u64::from_be_bytes(key[..].try_into().unwrap()));
+    let blobs = frames(dir);
+    let last = blobs.all().unwrap().last().map_or(0, |(key, _)| u64::from_be_bytes(key[..].try_into().unwrap()));
+    // What a kill left undone.
+    blobs.delete((0..last.saturating_sub(FRAMES - 1)).map(|old| old.to_be_bytes().to_vec()).collect()).unwrap();
     for seq in last + 1.. {
-        let gone = seq.checked_sub(FRAMES).map(|old| frame(old, None));
         let bytes = u8::try_from(seq % 251).unwrap();
-        let records = std::iter::once(frame(seq, Some(vec![bytes; 256 << 10]))).chain(gone).collect();
-        store.apply(&Batch { records, durability: Durability::Synced, ..Batch::default() }).unwrap();
-        println!("ack {seq}");
+        match blobs.put(vec![(seq.to_be_bytes().to_vec(), vec![vec![bytes; 256 << 10].into()])]) {
+            Ok(()) => println!("ack {seq}"),
+            Err(error) => return println!("failed: {error}"),
+        }
+        if let Some(old) = seq.checked_sub(FRAMES) {
+            blobs.delete(vec![old.to_be_bytes().to_vec()]).unwrap();
+        }
     }
 }
 
@@ -436,7 +402,7 @@ fn killed_after(role: &str, dir: &Path, lasts: Duration) -> u64 {
     last
 }
 
-/// Long enough for its logs to be written over.
+/// Each file is written over many times.
 #[test]
 fn kill_9_among_large_values_loses_nothing_acknowledged() {
     let dir = tempfile::tempdir().unwrap();
@@ -445,8 +411,7 @@ fn kill_9_among_large_values_loses_nothing_acknowledged() {
         let last = killed_after("frames", dir.path(), Duration::from_millis(700 * round));
         assert!(last > acknowledged, "round {round} wrote nothing");
         acknowledged = last;
-        let store = Store::open_for_large(dir.path(), &network()).unwrap();
-        let found: BTreeMap<Vec<u8>, Vec<u8>> = store.records("frames").unwrap().into_iter().collect();
+        let found: BTreeMap<Vec<u8>, Vec<u8>> = frames(dir.path()).all().unwrap().into_iter().collect();
         for seq in acknowledged.saturating_sub(FRAMES - 2).max(1)..=acknowledged {
             let value = found.get(&seq.to_be_bytes()[..]);
             let want = u8::try_from(seq % 251).unwrap();
@@ -476,20 +441,40 @@ fn kill_9_at_any_moment_loses_nothing_acknowledged() {
     }
 }
 
-#[test]
-fn a_full_disk_is_said_and_what_was_acknowledged_stays() {
-    let dir = tempfile::tempdir().unwrap();
-    // A limit on the size of files stands in for a full disk: it strikes in the log, and needs no privileges. The unit is 512
-    // or 1,024 bytes, depending on the shell.
-    let program = command("fill", dir.path());
+/// Runs a child that can write no larger file, and returns what it prints. That stands in for a full disk: it strikes in the database's
+/// log or in a file of large values, and needs no privileges. The unit is 512 or 1,024 bytes, depending on the shell.
+fn with_files_up_to(units: u32, role: &str, dir: &Path) -> String {
+    let program = command(role, dir);
     let mut shell = Command::new("sh");
-    shell.arg("-c").arg("trap '' XFSZ; ulimit -f 512; exec \"$0\" \"$@\"");
+    shell.arg("-c").arg(format!("trap '' XFSZ; ulimit -f {units}; exec \"$0\" \"$@\""));
     shell.arg(program.get_program()).args(program.get_args());
     for (name, value) in program.get_envs() {
         shell.env(name, value.unwrap());
     }
-    let output = shell.stdout(Stdio::piped()).output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
+    String::from_utf8(shell.stdout(Stdio::piped()).output().unwrap().stdout).unwrap()
+}
+
+#[test]
+fn a_full_disk_takes_no_large_value_and_leaves_those_that_were_acknowledged() {
+    let dir = tempfile::tempdir().unwrap();
+    let acknowledged = killed_after("frames", dir.path(), Duration::from_millis(200));
+    // Less than a value, in either unit.
+    let text = with_files_up_to(200, "frames", dir.path());
+    assert!(text.contains("failed: no room left to write") && !text.contains("ack"), "{text}");
+    let blobs = frames(dir.path());
+    let found: BTreeSet<Vec<u8>> = blobs.all().unwrap().into_iter().map(|(key, _)| key).collect();
+    for seq in acknowledged.saturating_sub(FRAMES - 2).max(1)..=acknowledged {
+        assert!(found.contains(&seq.to_be_bytes()[..]), "{seq} of {acknowledged} acknowledged is lost");
+    }
+    // There is room again.
+    blobs.put(vec![(u64::MAX.to_be_bytes().to_vec(), vec![vec![7; 256 << 10].into()])]).unwrap();
+    assert_eq!(blobs.get(&u64::MAX.to_be_bytes()).unwrap().map(|value| value.len()), Some(256 << 10));
+}
+
+#[test]
+fn a_full_disk_is_said_and_what_was_acknowledged_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = with_files_up_to(512, "fill", dir.path());
     let acknowledged: Vec<u64> = text.lines().filter_map(|line| line.strip_prefix("ack ")?.parse().ok()).collect();
     assert!(text.contains("failed: no room left to write") && !acknowledged.is_empty(), "{text}");
     let store = Store::open(dir.path(), &network()).unwrap();

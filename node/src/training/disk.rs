@@ -1,7 +1,8 @@
-//! The thread that reads and writes for a training room: chunks into files, frames into a database.
+//! The thread that reads and writes for a training room: chunks into files, frames into a store for large values.
 //!
 //! ```text
-//!  Room ──Job (bounded)──▶ thread: one after the other, frames that wait together in one synced write ──Done──▶ Room
+//!  Room ──Job (bounded)──▶ thread: one after the other ──Done──▶ Room
+//!                            └ frames that wait together ─▶ Committer: waits for the disk ──Done──▶ Room
 //! ```
 //!
 //! One thread, so that what was asked first is done first: a version's files are made before its chunks come, and are forgotten after.
@@ -16,7 +17,7 @@ use chorus_protocol::policy::{Manifest, Version};
 use chorus_protocol::rollout::{GroupId, RolloutFrame};
 use chorus_protocol::{Admitted, Hash, NetworkId, NodeId, Received, Verified, codec};
 use chorus_rollout::buffer::FrameKey;
-use chorus_store::{Batch, Durability, Record, Store, StoreError};
+use chorus_store::{Blobs, Committer, StoreError};
 use tokio::sync::mpsc;
 
 use super::evidence;
@@ -102,12 +103,17 @@ impl Disk {
         library: Library,
         network: NetworkId,
     ) -> Result<(Self, mpsc::Receiver<Done>, Vec<Verified<RolloutFrame>>), StoreError> {
-        let store = Store::open_for_large(&directory.join("rollouts"), &network)?;
-        let frames = store.records(FRAMES)?.iter().filter_map(|(_, bytes)| decode(bytes, &network)).collect();
+        let store = Blobs::open(&directory.join("rollouts"), &network, FRAMES)?;
+        let frames = store.all()?.iter().filter_map(|(_, bytes)| decode(bytes, &network)).collect();
         let (queue, jobs) = sync_channel(QUEUE);
         let (done_tx, done) = mpsc::channel(QUEUE);
         let evidence = directory.join("evidence");
-        let worker = Worker { store, library, network, evidence: evidence.clone(), done: done_tx };
+        let (told, blobs) = (done_tx.clone(), store.clone());
+        let committer = Committer::spawn(store.clone(), move |ticket, committed| match ticket {
+            Ticket::Written(keys) => persisted(&told, keys, &committed),
+            Ticket::Delete(keys) => delete(&blobs, keys),
+        })?;
+        let worker = Worker { store, committer, library, network, evidence: evidence.clone(), done: done_tx };
         let path = directory.to_owned();
         std::thread::Builder::new()
             .name("chorus-training".to_owned())
@@ -129,8 +135,17 @@ impl Disk {
     }
 }
 
+/// What the committer does in its turn.
+enum Ticket {
+    /// Say that frames are on the disk.
+    Written(Vec<FrameKey>),
+    /// Delete frames. Some of them may have been written just now, so this waits until they are on the disk.
+    Delete(Vec<FrameKey>),
+}
+
 struct Worker {
-    store: Store,
+    store: Blobs,
+    committer: Committer<Ticket>,
     library: Library,
     network: NetworkId,
     /// Where evidence is kept.
@@ -139,7 +154,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(&self, jobs: &Receiver<Job>) {
+    fn run(self, jobs: &Receiver<Job>) {
         let mut next = None;
         while let Some(job) = next.take().or_else(|| jobs.recv().ok()) {
             match job {
@@ -181,7 +196,7 @@ impl Worker {
                 self.persist(vec![(key, frame)], &sync_channel(0).1);
             }
             Job::Load(key) => {
-                let bytes = self.store.record(FRAMES, &bytes_of(key)).ok().flatten();
+                let bytes = self.store.get(&bytes_of(key)).ok().flatten();
                 let frame = bytes.and_then(|bytes| decode(&bytes, &self.network));
                 self.tell(Done::Loaded { key, frame });
             }
@@ -200,16 +215,15 @@ impl Worker {
                 }
             }
             Job::Delete(keys) => {
-                let records = keys.into_iter().map(|key| record(key, None)).collect();
-                let batch = Batch { records, durability: Durability::Relaxed, ..Batch::default() };
-                if let Err(error) = self.store.apply(&batch) {
-                    tracing::warn!(%error, "frames were not deleted");
+                let nothing = self.store.stage(Vec::new());
+                if let Ok(nothing) = nothing.inspect_err(|error| tracing::warn!(%error, "frames were not deleted")) {
+                    self.committer.commit(Ticket::Delete(keys), nothing);
                 }
             }
         }
     }
 
-    /// Writes a frame and those that wait right behind it, with one sync. Returns the job that follows them, if it came already.
+    /// Writes a frame and those that wait right behind it, to be synced together. Returns the job that follows them, if it came already.
     fn persist(&self, mut frames: Vec<(FrameKey, Verified<RolloutFrame>)>, jobs: &Receiver<Job>) -> Option<Job> {
         let mut next = None;
         while frames.len() < MAX_GROUP {
@@ -222,13 +236,15 @@ impl Worker {
                 Err(_) => break,
             }
         }
-        let records = frames.iter().map(|(key, frame)| record(*key, Some(codec::encode(&frame.to_wire())))).collect();
-        let written = self.store.apply(&Batch { records, durability: Durability::Synced, ..Batch::default() });
-        if let Err(error) = &written {
-            tracing::warn!(%error, frames = frames.len(), "rollouts were not written; is the disk full?");
-        }
-        for (key, _) in frames {
-            self.tell(Done::Persisted { key, ok: written.is_ok() });
+        let value = |(key, frame): &(FrameKey, Verified<RolloutFrame>)| {
+            let (envelope, rollouts) = frame.to_wire().to_parts();
+            (bytes_of(*key), vec![envelope.into(), rollouts])
+        };
+        let values = frames.iter().map(value).collect();
+        let keys = frames.iter().map(|(key, _)| *key).collect();
+        match self.store.stage(values) {
+            Ok(staged) => self.committer.commit(Ticket::Written(keys), staged),
+            Err(error) => persisted(&self.done, keys, &Err(error)),
         }
         next
     }
@@ -239,8 +255,8 @@ impl Worker {
             let mut rollouts = frame.rollouts();
             frame.author() == sampler && rollouts.any(|rollout| (rollout.group(), rollout.member()) == (group, member))
         };
-        let records = self.store.records(FRAMES).unwrap_or_default();
-        let frames: Vec<_> = records.iter().filter_map(|(_, bytes)| decode(bytes, &self.network)).collect();
+        let there = self.store.all().unwrap_or_default();
+        let frames: Vec<_> = there.iter().filter_map(|(_, bytes)| decode(bytes, &self.network)).collect();
         let Some(frame) = frames.iter().find(|frame| holds(frame)).cloned() else {
             return tracing::warn!(sampler = %sampler.fmt_short(), "the frame that convicts it is not on disk any more");
         };
@@ -260,15 +276,28 @@ impl Worker {
     }
 }
 
+/// Says what became of frames. A room that is gone needs no answer.
+fn persisted(done: &mpsc::Sender<Done>, keys: Vec<FrameKey>, written: &Result<(), StoreError>) {
+    if let Err(error) = written {
+        tracing::warn!(%error, frames = keys.len(), "rollouts were not written; is the disk full?");
+    }
+    for key in keys {
+        let _ = done.blocking_send(Done::Persisted { key, ok: written.is_ok() });
+    }
+}
+
+fn delete(blobs: &Blobs, keys: Vec<FrameKey>) {
+    if let Err(error) = blobs.delete(keys.into_iter().map(bytes_of).collect()) {
+        tracing::warn!(%error, "frames were not deleted");
+    }
+}
+
 fn bytes_of(key: FrameKey) -> Vec<u8> {
     [key.sampler.as_bytes().as_slice(), &key.sequence.to_be_bytes()].concat()
 }
 
-fn record(key: FrameKey, value: Option<Vec<u8>>) -> Record {
-    Record { table: FRAMES, key: bytes_of(key), value }
-}
-
-/// Only what was verified is written, and RocksDB sums what it keeps, so the signature is not checked again.
+/// The signature tells whether the disk still holds what was written.
 fn decode(bytes: &[u8], network: &NetworkId) -> Option<Verified<RolloutFrame>> {
-    codec::decode::<Received<RolloutFrame>>("rollouts", bytes, MAX_FRAME_VALUE).ok()?.trust_own_disk(network).ok()
+    let frame = codec::decode::<Received<RolloutFrame>>("rollouts", bytes, MAX_FRAME_VALUE).ok()?.verify(network);
+    frame.inspect_err(|error| tracing::warn!(%error, "a frame on disk is damaged and counts as lost")).ok()
 }
