@@ -2,8 +2,11 @@
 //!
 //! ```text
 //! cargo run --release -p chorus-trainer --example parity -- [--environments arithmetic-2,knights-4] [--modes sequential,1,2,4]
-//!                                                           [--steps 600] [--seeds 3] [--samplers 1] [--rate 0.0004]
+//!                                                           [--steps 600] [--seeds 3] [--samplers N] [--rate 0.0004]
 //! ```
+//!
+//! Unless they are counted out, samplers are as many as keep the learner fed: sampling's time over learning's in the first co-located run,
+//! and no more than there are processors.
 //!
 //! A mode is `sequential` or a bound on staleness; co-located is always run. Every mode gets the same policy, the same number of steps of
 //! the same size, and the same held-out tasks. Each run is a process of its own. Co-located sampling and learning take turns, with one
@@ -29,6 +32,10 @@ use chorus_trainer::train::{
 };
 use serde::{Deserialize, Serialize};
 
+/// The node's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Held-out tasks that are answered at the end.
 const HELD_OUT: u64 = 2_048;
 /// Share of tasks that a policy made for this answers rightly when it begins to learn by reward. Knights of four: guesses are right
@@ -46,6 +53,7 @@ struct Task {
     mode: String,
     steps: u64,
     seed: u64,
+    /// 0 for as many as keep the learner fed.
     samplers: usize,
     rate: f64,
 }
@@ -86,7 +94,7 @@ fn main() {
             mode: "colocated".to_owned(),
             steps: number("--steps", "600"),
             seed: 0,
-            samplers: usize::try_from(number("--samplers", "1")).expect("a few"),
+            samplers: usize::try_from(number("--samplers", "0")).expect("a few"),
             rate: option("--rate", "0.0004").parse().expect("a number"),
         };
         compare(&task, &list("--modes", "sequential,1,2,4"), seeds);
@@ -102,11 +110,19 @@ fn compare(task: &Task, modes: &[String], seeds: u64) {
     println!("held-out reward before: {before:.3}");
     let all: Vec<String> = std::iter::once("colocated".to_owned()).chain(modes.iter().cloned()).collect();
     let mut outcomes: Vec<Vec<Outcome>> = vec![Vec::new(); all.len()];
+    let mut samplers = task.samplers;
     for seed in 1..=seeds {
         for (mode, outcomes) in all.iter().zip(&mut outcomes) {
-            let task = Task { mode: mode.clone(), seed, ..task.clone() };
+            let task = Task { mode: mode.clone(), seed, samplers, ..task.clone() };
             let mut outcome = in_a_process(&task, 1);
             if mode == "colocated" {
+                if samplers == 0 {
+                    samplers = that_keep_fed(outcome.busy);
+                    println!(
+                        "samplers: {samplers}, for sampling takes {:.1} times as long as learning",
+                        1.0 / outcome.busy - 1.0
+                    );
+                }
                 let wide = in_a_process(&task, 2);
                 outcome.steps_per_minute = outcome.steps_per_minute.max(wide.steps_per_minute);
             }
@@ -129,6 +145,13 @@ fn compare(task: &Task, modes: &[String], seeds: u64) {
     for (mode, outcomes) in all.iter().zip(&outcomes) {
         row(mode, outcomes, &colocated);
     }
+}
+
+/// How many samplers keep a learner fed that learns for this share of the time when it samples for itself.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a small number")]
+fn that_keep_fed(busy: f64) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    ((1.0 / busy - 1.0).round() as usize).clamp(1, processors)
 }
 
 fn row(mode: &str, outcomes: &[Outcome], colocated: &[Outcome]) {
