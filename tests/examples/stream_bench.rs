@@ -170,11 +170,7 @@ fn keep(mut kept: Kept, frames: &sync::Receiver<Verified<RolloutFrame>>, bulk: B
 }
 
 /// Receives, verifies and hands to the disk, for ever.
-async fn train(mut peer: Peer, network: NetworkId, kept: Kept) {
-    // While a group is written, another gathers.
-    let (disk, frames) = sync::sync_channel(2 * GROUP);
-    let (bulk, session) = (peer.bulk.clone(), peer.session);
-    std::thread::spawn(move || keep(kept, &frames, bulk, session));
+async fn train(mut peer: Peer, network: NetworkId, disk: sync::SyncSender<Verified<RolloutFrame>>) {
     while let Some(event) = peer.events.recv().await {
         let BulkEvent::Message { message: Bulk::Frame(received), .. } = event else { continue };
         let verified = received.verify(&network).unwrap();
@@ -408,7 +404,11 @@ async fn main() {
     let folder = folder_in_target();
     let mut alone = Kept::open(&folder.path().join("alone"), &network);
     let kept = Kept::open(&folder.path().join("rollouts"), &network);
-    tokio::spawn(train(trainer, network, kept));
+    // While a group is written, another gathers.
+    let (disk, written) = sync::sync_channel(2 * GROUP);
+    let (bulk, session) = (trainer.bulk.clone(), trainer.session);
+    let keeper = std::thread::spawn(move || keep(kept, &written, bulk, session));
+    let training = tokio::spawn(train(trainer, network, disk));
     tokio::spawn(nod(nodder));
     let (mut tuned, mut default) = (Bare::open(true).await, Bare::open(false).await);
     let cost = (bytes + 4) as f64 / tokens as f64;
@@ -459,4 +459,8 @@ async fn main() {
     show("rollouts to bare quinn with the plane's settings", |rates| rates[0] / rates[2], 1.0);
     show("plane to bare quinn as it comes", |rates| rates[1] / rates[3], 1.0);
     show("plane to bare quinn with the plane's settings", |rates| rates[1] / rates[2], 1.0);
+    // A process that ends while its database is being closed aborts.
+    training.abort();
+    let _ = training.await;
+    tokio::task::block_in_place(|| keeper.join().unwrap());
 }

@@ -100,6 +100,8 @@ struct World {
     /// Groups that were complete at the last checkpoint.
     complete: usize,
     trainer_disk_full_until: Time,
+    /// Until then no sampler can read what it keeps.
+    unreadable_until: Time,
     update: Duration,
     /// Updates between two checkpoints, each of which is published.
     period: u64,
@@ -151,6 +153,7 @@ impl World {
             checkpoint: Progress::default(),
             complete: 0,
             trainer_disk_full_until: Time::ZERO,
+            unreadable_until: Time::ZERO,
             update: Duration::from_millis(100),
             period: 1,
             swap: Duration::from_millis(20),
@@ -353,7 +356,12 @@ impl World {
             }
             SamplerEffect::Load(sequence) => {
                 let frame = self.nodes[n].disk.get(&sequence).cloned();
-                self.at(Duration::from_millis(1), Event::ToSampler(n, SamplerInput::Loaded { sequence, frame }));
+                let input = if self.now < self.unreadable_until {
+                    SamplerInput::LoadFailed(sequence)
+                } else {
+                    SamplerInput::Loaded { sequence, frame }
+                };
+                self.at(Duration::from_millis(1), Event::ToSampler(n, input));
             }
             SamplerEffect::Forget(sequence) => {
                 self.nodes[n].disk.remove(&sequence);
@@ -663,6 +671,24 @@ fn a_restarted_sampler_sends_what_it_had_kept() {
     // What it had not sampled went to others at once, not when its time was up.
     assert!(world.buffer.tally().reissued > reissued && world.now < Time::from_millis(3_000));
     world.run(|world| world.batches.len() >= 12);
+}
+
+#[test]
+fn what_a_sampler_cannot_read_just_now_is_sent_later() {
+    let mut world = World::new(config(Mode::Streaming { staleness: 4 }), 2, 3);
+    world.start();
+    world.run(|world| world.batches.len() >= 3);
+    world.disconnect(0);
+    let unheard = |world: &World| -> Vec<u64> {
+        let kept = world.nodes[0].disk.keys().copied();
+        kept.filter(|sequence| !world.acked.contains(&(key(0).node_id(), *sequence))).collect()
+    };
+    world.run(|world| !unheard(world).is_empty());
+    world.kill_sampler(0);
+    world.unreadable_until = world.now + Duration::from_secs(5);
+    world.restart_sampler(0);
+    world.run(|world| unheard(world).is_empty());
+    assert!(world.now >= world.unreadable_until && world.nodes[0].lost.is_empty(), "{:?}", world.nodes[0].lost);
 }
 
 #[test]

@@ -8,7 +8,8 @@
 //! One thread, so that what was asked first is done first: a version's files are made before its chunks come, and are forgotten after.
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::time::Duration;
 
 use chorus_protocol::bounded::List;
 use chorus_protocol::limits::{ENVELOPE_OVERHEAD_BYTES, MAX_CHUNK_BYTES, MAX_ROLLOUT_FRAME_BYTES};
@@ -17,7 +18,7 @@ use chorus_protocol::policy::{Manifest, Version};
 use chorus_protocol::rollout::{GroupId, RolloutFrame};
 use chorus_protocol::{Admitted, Hash, NetworkId, NodeId, Received, Verified, codec};
 use chorus_rollout::buffer::FrameKey;
-use chorus_store::{Blobs, Committer, StoreError};
+use chorus_store::{Blobs, Committer, Staged, StoreError};
 use tokio::sync::mpsc;
 
 use super::evidence;
@@ -28,6 +29,10 @@ use super::library::Library;
 const QUEUE: usize = 1_024;
 /// Frames that are written together at most.
 const MAX_GROUP: usize = 64;
+/// Bytes that are written together; one frame more may slip in. Their room on the disk is free again when all of them are deleted.
+const MAX_GROUP_BYTES: usize = 16 << 20;
+/// How long the end of the thread is waited for.
+const FAREWELL: Duration = Duration::from_secs(5);
 /// Where frames lie: a trainer's that it took, a sampler's that are not acknowledged.
 const FRAMES: &str = "frames";
 /// A signed frame on disk.
@@ -77,6 +82,8 @@ pub(super) enum Done {
         key: FrameKey,
         ok: bool,
     },
+    /// The frame could not be read just now.
+    Unread(FrameKey),
     Loaded {
         key: FrameKey,
         frame: Option<Verified<RolloutFrame>>,
@@ -90,9 +97,12 @@ pub(super) enum Done {
     },
 }
 
-/// The way to the thread. When it is dropped, what was asked is still done.
+/// The way to the thread. When it is dropped, what was asked is still done, and waited for: a process that ends while its database is
+/// being closed aborts.
 pub(super) struct Disk {
-    queue: SyncSender<Job>,
+    queue: Option<SyncSender<Job>>,
+    /// Nothing comes here. It ends with the thread.
+    ended: Receiver<()>,
     evidence: PathBuf,
 }
 
@@ -104,7 +114,15 @@ impl Disk {
         network: NetworkId,
     ) -> Result<(Self, mpsc::Receiver<Done>, Vec<Verified<RolloutFrame>>), StoreError> {
         let store = Blobs::open(&directory.join("rollouts"), &network, FRAMES)?;
-        let frames = store.all()?.iter().filter_map(|(_, bytes)| decode(bytes, &network)).collect();
+        let mut damaged = Vec::new();
+        let mut frames = Vec::new();
+        for (key, bytes) in store.all()? {
+            match decode(&bytes, &network) {
+                Some(frame) => frames.push(frame),
+                None => damaged.push(key),
+            }
+        }
+        store.delete(damaged)?;
         let (queue, jobs) = sync_channel(QUEUE);
         let (done_tx, done) = mpsc::channel(QUEUE);
         let evidence = directory.join("evidence");
@@ -114,12 +132,17 @@ impl Disk {
             Ticket::Delete(keys) => delete(&blobs, keys),
         })?;
         let worker = Worker { store, committer, library, network, evidence: evidence.clone(), done: done_tx };
+        let (ends, ended) = sync_channel(0);
+        let work = move || {
+            worker.run(&jobs);
+            drop::<SyncSender<()>>(ends);
+        };
         let path = directory.to_owned();
         std::thread::Builder::new()
             .name("chorus-training".to_owned())
-            .spawn(move || worker.run(&jobs))
+            .spawn(work)
             .map_err(|error| StoreError::Io { path, detail: error.to_string() })?;
-        Ok((Self { queue, evidence }, done, frames))
+        Ok((Self { queue: Some(queue), ended, evidence }, done, frames))
     }
 
     /// Returns where evidence is kept.
@@ -129,9 +152,20 @@ impl Disk {
 
     /// Asks for something, or gives it back when too much waits already: the disk does not keep up.
     pub(super) fn submit(&self, job: Job) -> Result<(), Box<Job>> {
-        self.queue.try_send(job).map_err(|error| match error {
+        let Some(queue) = &self.queue else { return Err(Box::new(job)) };
+        queue.try_send(job).map_err(|error| match error {
             TrySendError::Full(job) | TrySendError::Disconnected(job) => Box::new(job),
         })
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        self.queue = None;
+        // It cannot be joined: it may wait for somebody to take what it has to say, and who does may be waiting here.
+        if self.ended.recv_timeout(FAREWELL) == Err(RecvTimeoutError::Timeout) {
+            tracing::warn!("the disk does not keep up; what was asked of it last may not be done");
+        }
     }
 }
 
@@ -196,9 +230,17 @@ impl Worker {
                 self.persist(vec![(key, frame)], &sync_channel(0).1);
             }
             Job::Load(key) => {
-                let bytes = self.store.get(&bytes_of(key)).ok().flatten();
-                let frame = bytes.and_then(|bytes| decode(&bytes, &self.network));
-                self.tell(Done::Loaded { key, frame });
+                let done = match self.store.get(&bytes_of(key)) {
+                    Err(error) if error.is_retryable() => {
+                        tracing::warn!(%error, "a frame was not read");
+                        Done::Unread(key)
+                    }
+                    found => {
+                        let bytes = found.ok().flatten();
+                        Done::Loaded { key, frame: bytes.and_then(|bytes| decode(&bytes, &self.network)) }
+                    }
+                };
+                self.tell(done);
             }
             Job::Evidence { sampler, group, member, charge } => self.keep_evidence((sampler, group, member), charge),
             Job::ReadEvidence { to, evidence, from } => {
@@ -215,10 +257,7 @@ impl Worker {
                 }
             }
             Job::Delete(keys) => {
-                let nothing = self.store.stage(Vec::new());
-                if let Ok(nothing) = nothing.inspect_err(|error| tracing::warn!(%error, "frames were not deleted")) {
-                    self.committer.commit(Ticket::Delete(keys), nothing);
-                }
+                self.committer.commit(Ticket::Delete(keys), Staged::default());
             }
         }
     }
@@ -226,9 +265,13 @@ impl Worker {
     /// Writes a frame and those that wait right behind it, to be synced together. Returns the job that follows them, if it came already.
     fn persist(&self, mut frames: Vec<(FrameKey, Verified<RolloutFrame>)>, jobs: &Receiver<Job>) -> Option<Job> {
         let mut next = None;
-        while frames.len() < MAX_GROUP {
+        let mut bytes = frames.iter().map(|(_, frame)| frame.encoded_len()).sum::<usize>();
+        while frames.len() < MAX_GROUP && bytes < MAX_GROUP_BYTES {
             match jobs.try_recv() {
-                Ok(Job::Persist { key, frame }) => frames.push((key, frame)),
+                Ok(Job::Persist { key, frame }) => {
+                    bytes += frame.encoded_len();
+                    frames.push((key, frame));
+                }
                 Ok(other) => {
                     next = Some(other);
                     break;

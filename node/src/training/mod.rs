@@ -58,7 +58,7 @@ use chorus_protocol::policy::PolicyId;
 use chorus_protocol::rollout::RolloutFrame;
 use chorus_protocol::{Hash, NetworkId, NodeId, SecretKey, Text, Verified};
 use chorus_rollout::broadcast::{Broadcast, BroadcastConfig};
-use chorus_rollout::buffer::{Buffer, BufferConfig, Mode};
+use chorus_rollout::buffer::{Buffer, BufferConfig, FrameKey, Mode};
 use chorus_rollout::plan::Plan;
 use chorus_rollout::sampler::{Sampler, SamplerConfig, WhenFull};
 use chorus_trainer::train::Curve;
@@ -67,7 +67,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use self::commons::Commons;
-use self::disk::Disk;
+use self::disk::{Disk, Job};
 use self::external::Desk;
 use self::hires::Hires;
 use self::host::Host;
@@ -262,7 +262,11 @@ fn open(
     let role = if policy.owner == me {
         let secret = means.rng.bytes();
         let hires = Hires::new(&config.trainer, means.node.clone(), &mut commons);
-        let (role, lessons) = trainer(config, directory, library, policy.clone(), &frames, secret, hires)?;
+        let (role, lessons, idle) = trainer(config, directory, library, policy.clone(), &frames, secret, hires)?;
+        // A kill between an update's checkpoint and the deletion of what it used leaves frames that nothing else deletes.
+        if commons.disk.submit(Job::Delete(idle)).is_err() {
+            tracing::warn!("frames that count for nothing are kept until the next start");
+        }
         learned = Some(lessons);
         Role::Trainer(Box::new(role))
     } else {
@@ -316,7 +320,7 @@ fn trainer(
     frames: &[Verified<RolloutFrame>],
     secret: [u8; 32],
     hires: Hires,
-) -> Result<(TrainerRole, mpsc::Receiver<learning::Learned>), CommandError> {
+) -> Result<(TrainerRole, mpsc::Receiver<learning::Learned>, Vec<FrameKey>), CommandError> {
     let section = config.trainer.clone();
     let (teacher, lessons, resumed) = Teacher::start(&section, directory, library, policy.clone(), secret)?;
     let mode = if section.sequential { Mode::Sequential } else { Mode::Streaming { staleness: section.staleness } };
@@ -326,13 +330,17 @@ fn trainer(
     let mut buffer = BufferConfig::new(policy, mode, Plan { seed: section.seed, environments });
     (buffer.batch, buffer.members) = (section.batch, section.members);
     let step = resumed.as_ref().map_or(0, |resumed| resumed.progress.step);
-    let (curve, buffer) = match resumed {
+    let (curve, buffer, idle) = match resumed {
         Some(resumed) => {
-            let (buffer, _) =
+            let (buffer, idle) =
                 Buffer::restore(buffer, &resumed.progress, &resumed.versions, frames).map_err(CommandError::usage)?;
-            (resumed.curve, buffer)
+            (resumed.curve, buffer, idle)
         }
-        None => (Curve::default(), Buffer::new(buffer).map_err(CommandError::usage)?),
+        // Of a run that is not gone on with.
+        None => {
+            let idle = frames.iter().map(|frame| FrameKey { sampler: frame.author(), sequence: frame.sequence() });
+            (Curve::default(), Buffer::new(buffer).map_err(CommandError::usage)?, idle.collect())
+        }
     };
-    Ok((TrainerRole::new(section, buffer, hires, teacher, directory.to_owned(), curve, step), lessons))
+    Ok((TrainerRole::new(section, buffer, hires, teacher, directory.to_owned(), curve, step), lessons, idle))
 }

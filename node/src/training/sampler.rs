@@ -134,7 +134,7 @@ impl SamplerRole {
             }
             SamplerEffect::Load(sequence) => {
                 let asked = room.disk.submit(Job::Load(own(sequence)));
-                return asked.is_err().then_some(SamplerInput::Loaded { sequence, frame: None });
+                return asked.is_err().then_some(SamplerInput::LoadFailed(sequence));
             }
             SamplerEffect::Forget(sequence) => {
                 let _ = room.disk.submit(Job::Delete(vec![own(sequence)]));
@@ -205,6 +205,7 @@ impl SamplerRole {
         match done {
             Done::Persisted { key, ok: true } => self.tell(room, SamplerInput::Persisted(key.sequence)),
             Done::Persisted { key, ok: false } => self.tell(room, SamplerInput::PersistFailed(key.sequence)),
+            Done::Unread(key) => self.tell(room, SamplerInput::LoadFailed(key.sequence)),
             Done::Loaded { key, frame } => self.tell(room, SamplerInput::Loaded { sequence: key.sequence, frame }),
             Done::Evidence(_)
             | Done::EvidenceRead(_)

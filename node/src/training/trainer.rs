@@ -246,6 +246,7 @@ impl TrainerRole {
             | Done::EvidenceRead(_)
             | Done::EvidenceLoaded { .. }
             | Done::Loaded { .. }
+            | Done::Unread(_)
             | Done::Stored { .. }
             | Done::Read { .. } => {}
         }

@@ -112,7 +112,9 @@ pub enum SamplerInput {
     Persisted(u64),
     /// The disk did not take a frame.
     PersistFailed(u64),
-    /// A frame from the disk, or none if it cannot be read.
+    /// A frame could not be read just now; it may be there all the same.
+    LoadFailed(u64),
+    /// A frame from the disk, or none if it is not there any more.
     Loaded {
         /// Its number.
         sequence: u64,
@@ -414,6 +416,7 @@ impl Machine for Sampler {
             }
             SamplerInput::Persisted(sequence) => self.spool.persisted(sequence),
             SamplerInput::PersistFailed(sequence) => self.spool.persist_failed(sequence, cx.now + self.cfg.pause),
+            SamplerInput::LoadFailed(sequence) => self.spool.load_failed(sequence, cx.now + self.cfg.pause),
             SamplerInput::Loaded { sequence, frame } => {
                 if let Some(rollouts) = self.spool.loaded(sequence, frame) {
                     out.push(SamplerEffect::Forget(sequence));

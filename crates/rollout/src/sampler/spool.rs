@@ -99,7 +99,7 @@ impl Spool {
         }
     }
 
-    /// Takes a frame from the disk. Returns how many rollouts are lost when it could not be read.
+    /// Takes a frame from the disk. Returns how many rollouts are lost when it is not there any more.
     pub(super) fn loaded(&mut self, sequence: u64, frame: Option<Verified<RolloutFrame>>) -> Option<u32> {
         let entry = self.entries.get_mut(&sequence).filter(|entry| matches!(entry.place, Place::Loading))?;
         self.flying.remove(&sequence);
@@ -109,6 +109,12 @@ impl Spool {
                 None
             }
             None => self.remove(sequence),
+        }
+    }
+
+    pub(super) fn load_failed(&mut self, sequence: u64, again: Time) {
+        if self.entries.get(&sequence).is_some_and(|entry| matches!(entry.place, Place::Loading)) {
+            self.retry(sequence, again);
         }
     }
 

@@ -11,6 +11,8 @@ use super::Parts;
 
 /// What files to be written over may hold together; more are deleted.
 pub(super) const MAX_FREE_BYTES: u64 = 128 << 20;
+/// How much longer than twice what it holds a file may be.
+const SLACK_BYTES: u64 = 1 << 20;
 /// How a record begins that says where its value lies.
 const IN_FILE: u8 = 1;
 /// Bytes of three integers at most.
@@ -69,6 +71,9 @@ pub(super) struct Files {
 impl Files {
     pub(super) fn open(directory: PathBuf, places: BTreeMap<Vec<u8>, u64>) -> io::Result<Self> {
         fs::create_dir_all(&directory)?;
+        // A kill may have come before that of a file that is here.
+        sync_directory(&directory)?;
+        directory.parent().map_or(Ok(()), sync_directory)?;
         let mut used = BTreeMap::new();
         for file in places.values() {
             *used.entry(*file).or_default() += 1;
@@ -89,9 +94,15 @@ impl Files {
         file
     }
 
-    /// Deletes a file that could not be written and those that are kept to be written over: the disk needs the room.
-    pub(super) fn give_back(&mut self, file: u64) {
-        for file in std::iter::once(file).chain(self.free.drain(..).map(|(file, _)| file)) {
+    /// Deletes a file that could not be written.
+    pub(super) fn give_up(&mut self, file: u64) {
+        self.emptied.remove(&file);
+        let _ = fs::remove_file(path_of(&self.directory, file));
+    }
+
+    /// Deletes the files that are kept to be written over: the disk needs the room.
+    pub(super) fn give_back(&mut self) {
+        for (file, _) in self.free.drain(..) {
             let _ = fs::remove_file(path_of(&self.directory, file));
         }
     }
@@ -148,6 +159,10 @@ pub(super) fn write(directory: &Path, number: u64, values: Vec<(Vec<u8>, Parts)>
         }
         places.push((key, Place { file: number, offset, len }));
         offset += len;
+    }
+    // What a file held before costs room for as long as what it holds now lives.
+    if file.metadata()?.len() > 2 * offset + SLACK_BYTES {
+        file.set_len(offset)?;
     }
     Ok((file, places))
 }

@@ -22,6 +22,7 @@ mod files;
 mod tests;
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -73,7 +74,7 @@ struct Known {
 }
 
 /// Values that are written and not yet on the disk: there when they are committed, and never there if they are not.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 #[must_use = "values that are not committed are lost"]
 pub struct Staged {
     forgotten: u64,
@@ -114,6 +115,9 @@ impl Blobs {
     /// # Errors
     /// [`StoreError`]; the values are not there then.
     pub fn stage(&self, values: Vec<(Vec<u8>, Parts)>) -> Result<Staged, StoreError> {
+        if values.is_empty() {
+            return Ok(Staged::default());
+        }
         let is_large = |(_, value): &(_, Parts)| value.iter().map(|part| part.len()).sum::<usize>() >= LARGE_BYTES;
         let (large, small): (Vec<_>, Vec<_>) = values.into_iter().partition(is_large);
         let small = small.into_iter().map(|(key, value)| (key, value.concat())).collect();
@@ -124,10 +128,26 @@ impl Blobs {
         match files::write(&self.inner.directory, number, large) {
             Ok((file, large)) => Ok(Staged { forgotten, small, large, file: Some(file) }),
             Err(error) => {
-                self.with_files(|files, _| files.give_back(number))?;
-                Err(self.failed(&error))
+                let error = self.failed(&error);
+                self.make_room(number)?;
+                Err(error)
             }
         }
+    }
+
+    /// Deletes a file that could not be written, and those in which nothing lies any more.
+    fn make_room(&self, unwritten: u64) -> Result<(), StoreError> {
+        let _alone = lock(&self.inner.committing);
+        self.with_files(|files, _| {
+            files.give_up(unwritten);
+            files.give_back();
+        })?;
+        // Anything that is synced brings what was deleted before onto the disk.
+        self.apply(vec![self.record(&[], None)], Durability::Synced)?;
+        self.with_files(|files, _| {
+            files.synced();
+            files.give_back();
+        })
     }
 
     /// Brings staged values onto the disk.
@@ -175,6 +195,8 @@ impl Blobs {
         if keys.is_empty() {
             return Ok(());
         }
+        // Not while a commit syncs: it would take these deletions for synced as well.
+        let _alone = lock(&self.inner.committing);
         self.apply(keys.iter().map(|key| self.record(key, None)).collect(), Durability::Relaxed)?;
         self.with_files(|files, _| keys.into_iter().for_each(|key| files.point(key, None)))
     }
@@ -182,8 +204,9 @@ impl Blobs {
     /// Reads a value.
     ///
     /// # Errors
-    /// [`StoreError`] when the disk cannot be read.
+    /// [`StoreError`] when the disk cannot be read; [`StoreError::Corrupt`] when the value is not where its record says, nor ever will be.
     pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.inner.store.heal()?;
         self.inner.store.record(self.inner.table, key)?.map(|record| self.resolve(record)).transpose()
     }
 
@@ -192,6 +215,7 @@ impl Blobs {
     /// # Errors
     /// [`StoreError`] when the database cannot be read.
     pub fn all(&self) -> Result<Vec<Pair>, StoreError> {
+        self.inner.store.heal()?;
         let records = self.inner.store.records(self.inner.table)?.into_iter();
         let values = records.filter_map(|(key, record)| match self.resolve(record) {
             Ok(value) => Some((key, value)),
@@ -223,7 +247,12 @@ impl Blobs {
         let damaged = |detail| StoreError::Corrupt { path: self.inner.directory.clone(), detail };
         let place = Place::from_bytes(&record)
             .ok_or_else(|| damaged("a record says neither what nor where its value is".to_owned()))?;
-        place.read(&self.inner.directory).map_err(|error| damaged(format!("a value of file {}: {error}", place.file)))
+        place.read(&self.inner.directory).map_err(|error| match error.kind() {
+            ErrorKind::NotFound | ErrorKind::UnexpectedEof => {
+                damaged(format!("a value of file {}: {error}", place.file))
+            }
+            _ => self.failed(&error),
+        })
     }
 
     fn failed(&self, error: &std::io::Error) -> StoreError {
@@ -236,8 +265,11 @@ impl Blobs {
 
     fn forget(&self) {
         let mut known = self.known();
-        known.files = None;
         known.forgotten += 1;
+        // Most writes fail for want of room, which opening the database again needs as well.
+        if let Some(mut files) = known.files.take() {
+            files.give_back();
+        }
     }
 
     /// Does something with what is known of the files, which is looked up if need be, and with how many times it was forgotten.

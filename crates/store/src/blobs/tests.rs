@@ -111,6 +111,20 @@ fn what_is_deleted_leaves_little_room_behind() {
 }
 
 #[test]
+fn a_file_that_held_many_values_does_not_keep_their_room_for_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = open(dir.path());
+    blobs.put(new((0..64).map(|n| pair(n, LARGE)))).unwrap();
+    blobs.delete((0..64u32).map(|n| n.to_be_bytes().to_vec()).collect()).unwrap();
+    for n in 100..104 {
+        blobs.put(new([pair(n, LARGE)])).unwrap();
+    }
+    let bytes: u64 = files(dir.path()).iter().map(|path| fs::metadata(path).unwrap().len()).sum();
+    assert_eq!(bytes, 4 * LARGE as u64);
+    assert_eq!(blobs.all().unwrap(), (100..104).map(|n| pair(n, LARGE)).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_file_is_written_over_only_when_the_disk_knows_that_nothing_lies_in_it() {
     let dir = tempfile::tempdir().unwrap();
     let blobs = open(dir.path());

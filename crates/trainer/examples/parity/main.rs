@@ -1,7 +1,7 @@
 //! Whether decoupling costs reward, and what it gains in speed: co-located, sequential and asynchronous training, side by side.
 //!
 //! ```text
-//! cargo run --release -p chorus-trainer --example parity -- [--environments arithmetic-2,knights-4] [--modes sequential,1,2,4]
+//! cargo run --release -p chorus-trainer --example parity -- [--environments arithmetic-2,knights-4] [--modes sequential,1,2,4,11]
 //!                                                           [--steps 600] [--seeds 3] [--samplers N] [--rate 0.0004]
 //! ```
 //!
@@ -97,7 +97,7 @@ fn main() {
             samplers: usize::try_from(number("--samplers", "0")).expect("a few"),
             rate: option("--rate", "0.0004").parse().expect("a number"),
         };
-        compare(&task, &list("--modes", "sequential,1,2,4"), seeds);
+        compare(&task, &list("--modes", "sequential,1,2,4,11"), seeds);
     }
 }
 
