@@ -26,8 +26,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// The system's gives memory back to the kernel with every frame and tensor that is freed, and asks for it again at once: a third of a
-/// trainer's time in the kernel went there.
+/// The system's gives memory back to the kernel with every large buffer that is freed, and asks for it again at once: half of the stream
+/// benchmark's time in the kernel went there.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
