@@ -213,18 +213,19 @@ impl Blobs {
     /// Reads all values, by key. One whose file is gone or too short is left out, and the log says so.
     ///
     /// # Errors
-    /// [`StoreError`] when the database cannot be read.
+    /// [`StoreError`] when the disk cannot be read just now.
     pub fn all(&self) -> Result<Vec<Pair>, StoreError> {
         self.inner.store.heal()?;
         let records = self.inner.store.records(self.inner.table)?.into_iter();
         let values = records.filter_map(|(key, record)| match self.resolve(record) {
-            Ok(value) => Some((key, value)),
-            Err(error) => {
-                tracing::warn!(%error, "a value cannot be read and counts as lost");
+            Ok(value) => Some(Ok((key, value))),
+            Err(error @ StoreError::Corrupt { .. }) => {
+                tracing::warn!(%error, "a value is gone and counts as lost");
                 None
             }
+            Err(error) => Some(Err(error)),
         });
-        Ok(values.collect())
+        values.collect()
     }
 
     fn record(&self, key: &[u8], value: Option<Vec<u8>>) -> Record {
