@@ -74,9 +74,8 @@ fn broadcast(from: &Path, workers: usize, share: bool, bytes: u64) -> Option<Mea
     let switch = lab.switch("switch");
     let owner = lab.machine_on(&switch, "owner", "10.0.0.100/24");
     shape(&owner, "eth0", UPLINK);
-    // Whoever passes nothing on is only of use beside an owner that sends to everybody itself.
-    let extra = if share { 40 } else { 100 * workers };
-    let config = format!("[trainer]\npolicy = \"large\"\nfrom = \"{}\"\nextra_percent = {extra}\n", from.display());
+    // An owner that shares nothing by dealing it round offers everything to everybody: a star.
+    let config = format!("[trainer]\npolicy = \"large\"\nfrom = \"{}\"\n[sampler]\nshare = {share}\n", from.display());
     let id = lab.key(&owner);
     let mut pupils: Vec<Host> = Vec::new();
     for number in 0..workers {

@@ -41,6 +41,8 @@ struct Node {
     rng: Rng,
     alive: bool,
     liar: bool,
+    /// Whether chunks that are sent to it leave at all.
+    reads: bool,
     disk_full_until: Time,
     uplink: f64,
     uplink_free: Time,
@@ -68,6 +70,7 @@ impl World {
             rng: Rng::from_u64(seed * 1000 + n as u64),
             alive: true,
             liar: false,
+            reads: true,
             disk_full_until: Time::ZERO,
             uplink: UPLINK,
             uplink_free: Time::ZERO,
@@ -120,6 +123,20 @@ impl World {
         version
     }
 
+    /// Joins everybody with the owner, and nobody with anybody else.
+    fn spokes(&mut self) {
+        for node in 1..self.nodes.len() {
+            self.connect(OWNER, node);
+        }
+    }
+
+    /// Lets a node keep to itself what it gets.
+    fn keeps_to_itself(&mut self, node: usize) {
+        let cfg = BroadcastConfig { share: false, ..BroadcastConfig::default() };
+        let node = &mut self.nodes[node];
+        node.machine = Broadcast::new(cfg, network(), policy(), node.id);
+    }
+
     fn kill(&mut self, node: usize) {
         self.nodes[node].alive = false;
         let id = self.nodes[node].id;
@@ -168,9 +185,13 @@ impl World {
                     bytes[0] ^= 1;
                 }
                 let seconds = bytes.len() as f64 * self.scale / node.uplink;
+                node.sent += 1;
+                if !self.nodes[target].reads {
+                    return;
+                }
+                let node = &mut self.nodes[n];
                 let end = node.uplink_free.max(self.now) + Duration::from_secs_f64(seconds);
                 node.uplink_free = end;
-                node.sent += 1;
                 let message = Bulk::Chunk { version, index, bytes: List::new(bytes).unwrap() };
                 self.at(end, Event::Input { node: n, input: BroadcastInput::Sent { to, version, index } });
                 self.at(end + LATENCY, Event::Deliver { from: n, to: target, message });
@@ -206,7 +227,11 @@ impl World {
                 let status: Vec<_> = self.nodes.iter().map(|node| node.machine.status()).collect();
                 panic!("nothing happens any more at {}: {status:#?}", self.now);
             };
-            assert!(time < Time::from_millis(600_000), "too long");
+            assert!(
+                time < Time::from_millis(600_000),
+                "too long: {:#?}",
+                self.nodes.iter().map(|node| node.machine.status()).collect::<Vec<_>>()
+            );
             self.now = time;
             match self.events.remove(&id).unwrap() {
                 Event::Deliver { from, to, message } => {
@@ -353,6 +378,75 @@ fn a_liar_is_convicted_by_everybody_and_stops_nobody() {
         assert_eq!(convicted.len(), strikes.len(), "nobody believes it twice");
         assert!(world.now < Time::from_millis(12_000), "{}", world.now);
     }
+}
+
+#[test]
+fn a_neighbour_that_passes_nothing_on_costs_the_others_little() {
+    for seed in 0..3 {
+        let mut world = scaled(9, seed);
+        world.keeps_to_itself(3);
+        world.mesh();
+        let version = world.publish(1, 64, 4096);
+        world.run(|world| world.all_whole(version));
+        assert!(world.now < Time::from_millis(8_000), "{}", world.now);
+        assert!(world.nodes[OWNER].sent <= 96, "{}", world.nodes[OWNER].sent);
+        // It is known by now.
+        let (start, before) = (world.now, world.nodes[OWNER].sent);
+        let next = world.publish(2, 64, 4096);
+        world.run(|world| world.all_whole(next));
+        assert!(world.now.since(start) < Duration::from_millis(7_500), "{:?}", world.now.since(start));
+        assert!(world.nodes[OWNER].sent - before <= 96, "{}", world.nodes[OWNER].sent - before);
+    }
+}
+
+#[test]
+fn a_neighbour_that_reads_nothing_stops_nobody() {
+    let mut world = scaled(5, 1);
+    world.nodes[3].reads = false;
+    world.mesh();
+    let version = world.publish(1, 64, 4096);
+    let others = [1, 2, 4];
+    world.run(|world| others.iter().all(|node| world.nodes[*node].whole.contains_key(&version)));
+    assert!(world.now < Time::from_millis(18_000), "{}", world.now);
+    assert!(world.nodes[3].whole.is_empty());
+}
+
+#[test]
+fn workers_that_reach_nobody_but_the_owner_get_all_from_it() {
+    let mut world = scaled(5, 1);
+    world.spokes();
+    // What one copy takes is 5.4 s; four of them leave one uplink.
+    for (step, limit) in [(1, 24_000), (2, 23_500), (3, 23_500)] {
+        let (start, before) = (world.now, world.nodes[OWNER].sent);
+        let version = world.publish(step, 64, 4096);
+        world.run(|world| world.all_whole(version));
+        assert!(world.now.since(start) < Duration::from_millis(limit), "{:?}", world.now.since(start));
+        assert_eq!(world.nodes[OWNER].sent - before, 4 * 64, "each gets each chunk once");
+    }
+}
+
+#[test]
+fn islands_that_only_the_owner_joins_each_get_all_of_it() {
+    let mut world = scaled(7, 1);
+    world.spokes();
+    for (a, b) in [(1, 2), (1, 3), (2, 3), (4, 5), (4, 6), (5, 6)] {
+        world.connect(a, b);
+    }
+    let version = world.publish(1, 64, 4096);
+    world.run(|world| world.all_whole(version));
+    assert!(world.now < Time::from_millis(18_000), "{}", world.now);
+    assert!(world.nodes[OWNER].sent < 3 * 64, "{}", world.nodes[OWNER].sent);
+}
+
+#[test]
+fn where_nobody_passes_anything_on_the_owner_serves_everybody() {
+    let mut world = scaled(5, 1);
+    (1..5).for_each(|node| world.keeps_to_itself(node));
+    world.mesh();
+    let version = world.publish(1, 64, 4096);
+    world.run(|world| world.all_whole(version));
+    assert!(world.now < Time::from_millis(28_000), "{}", world.now);
+    assert_eq!(world.nodes[OWNER].sent, 4 * 64, "each gets each chunk once");
 }
 
 #[test]

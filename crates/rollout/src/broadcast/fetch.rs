@@ -48,40 +48,12 @@ impl Broadcast {
                 orders.entry(*id).or_default().push(index);
             }
         }
-        self.plead(cx.now, version, &mut orders);
         for (to, indices) in orders {
             for part in indices.chunks(MAX_ASK) {
                 let indices = List::truncated(part.iter().copied());
                 out.push(BroadcastEffect::Send { to, message: Bulk::WantChunks { version, indices } });
             }
         }
-    }
-
-    /// Returns when this node turns to the owner, because nothing is under way and nobody offers what it lacks.
-    pub(super) fn plea_at(&self) -> Option<Time> {
-        let held = self.arriving.and_then(|version| self.held.get(&version))?;
-        let owner = self.peers.get(&self.policy.owner).filter(|peer| !peer.banned)?;
-        let idle = held.asked.is_empty() && held.storing.is_empty() && self.disk_retry.is_none();
-        let at = self.progress_at + self.cfg.offer_timeout * 2;
-        idle.then(|| owner.paused_until.map_or(at, |until| at.max(until)))
-    }
-
-    /// Asks the owner for chunks that only liars offer, or nobody.
-    fn plead(&mut self, now: Time, version: Version, orders: &mut BTreeMap<NodeId, Vec<u32>>) {
-        let due = orders.is_empty() && self.plea_at().is_some_and(|at| at <= now);
-        let (Some(held), Some(owner)) = (self.held.get_mut(&version), self.peers.get_mut(&self.policy.owner)) else {
-            return;
-        };
-        if !due || owner.paused_until.is_some() {
-            return;
-        }
-        let window = usize::try_from(self.cfg.window).unwrap_or(usize::MAX);
-        let missing: Vec<u32> = (0..held.have.len()).filter(|index| !held.have.contains(*index)).take(window).collect();
-        for index in &missing {
-            held.asked.insert(*index, Asked { of: self.policy.owner, deadline: now + self.cfg.chunk_timeout });
-            owner.asked += 1;
-        }
-        orders.insert(self.policy.owner, missing);
     }
 
     pub(super) fn chunk(

@@ -8,11 +8,11 @@
 //!
 //! 1. The owner publishes; its signed manifest runs from neighbour to neighbour.
 //! 2. The owner offers each chunk to *one* neighbour, two or so at a time, the next when one has arrived. It sends about one copy in
-//!    all, however many wait for it; beyond that it helps with what is rare, up to a share that is set.
+//!    all, however many wait for it; beyond that it helps with what is rare, up to a share that is set. A neighbour that the others
+//!    do not serve gets all it lacks from the owner, and one that does not pass on what it gets has to wait for the others.
 //! 3. A node asks several neighbours at once, for what few have first. It checks each chunk against the manifest, stores it, and only
 //!    then offers it. What it is asked for most urgently (what fewest have) goes out first.
-//! 4. A chunk with another hash convicts its sender. A neighbour that does not deliver is passed over for a while. Who finds that
-//!    nobody offers what it lacks asks the owner itself.
+//! 4. A chunk with another hash convicts its sender. A neighbour that does not deliver is passed over for a while.
 //! 5. When every chunk is stored, and not before, the version is [`BroadcastEffect::Ready`].
 //!
 //! One version arrives at a time. While it does, only the newest announced one waits: with versions that come faster than they can
@@ -23,6 +23,7 @@
 //! [`BroadcastInput::Resume`]), load weights, or choose neighbours.
 
 mod bitmap;
+mod deal;
 mod fetch;
 mod serve;
 mod versions;
@@ -37,6 +38,7 @@ use chorus_protocol::rollout::Bulk;
 use chorus_protocol::{Admitted, List, NetworkId, NodeId, Verified, VerifyError};
 
 pub use bitmap::Bitmap;
+use deal::Manner;
 use serve::Uploads;
 use versions::Held;
 
@@ -278,6 +280,10 @@ struct Peer {
     pace: Option<Duration>,
     last_chunk: Option<Time>,
     paused_until: Option<Time>,
+    /// What it does with what this node, the owner, gives it.
+    manner: Manner,
+    /// Others have what it lacks. When it counts as alone, if nothing comes to it by then but from this node, the owner.
+    alone_at: Option<Time>,
     /// It lied: nothing is asked of it any more.
     banned: bool,
     unasked: u32,
@@ -435,22 +441,26 @@ impl Machine for Broadcast {
             BroadcastInput::Message { from, message } => self.message(cx, from, message, out),
             BroadcastInput::Stored { version, index } => self.stored(cx.now, version, index, out),
             BroadcastInput::StoreFailed { version, index } => self.store_failed(cx.now, version, index),
-            BroadcastInput::Sent { to, version, index } => self.uploads.sent(to, version, index),
+            BroadcastInput::Sent { to, version, index } => {
+                self.uploads.sent(cx.now, to, version, index);
+                self.given(cx.now, to, version, index);
+            }
         }
         self.pump(cx, out);
     }
 
     fn deadline(&self) -> Option<Time> {
         let asked = self.held.values().flat_map(|held| held.asked.values().map(|asked| asked.deadline)).min();
-        let offers = self.held.values().flat_map(|held| held.offers.values().filter_map(|offer| offer.expires)).min();
         let paused = self.peers.values().filter_map(|peer| peer.paused_until).min();
-        [asked, offers, paused, self.give_up_at(), self.disk_retry, self.plea_at()].into_iter().fold(None, earliest)
+        let sending = earliest(self.deal_at(), self.uploads.late_at());
+        [asked, sending, paused, self.give_up_at(), self.disk_retry].into_iter().fold(None, earliest)
     }
 
     fn expire(&mut self, cx: &mut Ctx<'_>, out: &mut Outbox<BroadcastEffect>) {
         self.expire_asked(cx.now, out);
-        for held in self.held.values_mut() {
-            held.offers.retain(|_, offer| offer.expires.is_none_or(|at| at > cx.now));
+        self.expire_offers(cx.now);
+        for (to, version, index) in self.uploads.expire(cx.now) {
+            self.stuck(to, version, index);
         }
         for peer in self.peers.values_mut() {
             peer.paused_until = peer.paused_until.filter(|until| *until > cx.now);
@@ -468,6 +478,6 @@ impl Broadcast {
     fn pump(&mut self, cx: &mut Ctx<'_>, out: &mut Outbox<BroadcastEffect>) {
         self.offer(cx.now, out);
         self.ask(cx, out);
-        self.upload(out);
+        self.upload(cx.now, out);
     }
 }

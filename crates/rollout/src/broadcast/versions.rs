@@ -23,8 +23,10 @@ pub(super) struct Asked {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Offer {
     pub(super) to: NodeId,
-    /// When it lapses; none once the neighbour has asked for it.
+    /// When it lapses; none while the neighbour has asked for it and it has not left.
     pub(super) expires: Option<Time>,
+    /// It has left, and the neighbour has not announced it yet.
+    pub(super) sent: bool,
 }
 
 /// A version that this node knows.
@@ -44,8 +46,6 @@ pub(super) struct Held {
     pub(super) offered: BTreeMap<NodeId, Bitmap>,
     /// Chunks that the owner offered beyond the first copy.
     pub(super) extra: u32,
-    /// Chunks that neighbours asked of the owner without an offer, and got.
-    pub(super) pleas: BTreeMap<NodeId, u32>,
 }
 
 impl Held {
@@ -60,7 +60,6 @@ impl Held {
             offers: BTreeMap::new(),
             offered: BTreeMap::new(),
             extra: 0,
-            pleas: BTreeMap::new(),
         }
     }
 
@@ -227,6 +226,8 @@ impl Broadcast {
         let (Some(held), Some(peer)) = (self.held.get_mut(&version), self.peers.get_mut(&from)) else { return Ok(()) };
         if from == self.policy.owner {
             self.dealt = Some(version);
+        } else if self.me == self.policy.owner && held.have.contains(index) {
+            peer.announces(held.is_offered(from, index));
         }
         let chunks = held.manifest.chunks.len();
         let slot = usize::try_from(index).ok().and_then(|index| held.holders.get_mut(index));
