@@ -47,7 +47,10 @@ impl Lab {
         });
         if let Err(why) = probe {
             // Written past the capture of the test runner: a skipped test must not look like one that passed.
-            let _ = writeln!(std::io::stderr(), "SKIPPED {test}: no network namespaces here (root is needed): {why}");
+            let _ = writeln!(
+                std::io::stderr(),
+                "SKIPPED {test}: no network namespaces here (root, iproute2 and iptables are needed): {why}"
+            );
             return None;
         }
         Some(lab)
@@ -352,7 +355,8 @@ fn ip(args: &[&str]) -> Result<Output, String> {
 }
 
 fn output(command: &mut Command) -> Result<Output, String> {
-    let output = command.stdin(Stdio::null()).output().map_err(|error| error.to_string())?;
+    let run = command.stdin(Stdio::null()).output();
+    let output = run.map_err(|error| format!("{}: {error}", command.get_program().display()))?;
     if output.status.success() { Ok(output) } else { Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()) }
 }
 
