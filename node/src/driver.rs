@@ -32,7 +32,7 @@ use crate::metrics::Metrics;
 use crate::net_log;
 use crate::spans::JobSpans;
 use crate::storage::Disk;
-use crate::training::{Grant, News};
+use crate::training::{Grant, News, is_trained};
 
 /// Requests of the API and the commands that may wait.
 const REQUEST_QUEUE: usize = 256;
@@ -360,6 +360,9 @@ impl Driver {
         if let NodeEvent::Ledger(LedgerEvent::Capability { node, capability }) = event {
             let offer = capability.as_ref().and_then(|capability| capability.sampling.clone());
             self.tell(News::Offer { node: *node, offer });
+        }
+        if let NodeEvent::Ledger(LedgerEvent::Policy { policy, stands }) = event {
+            self.tell(News::Policy { policy: policy.clone(), running: stands.as_ref().and_then(is_trained) });
         }
         match event {
             NodeEvent::JobSubmitted { job, task, kind } => self.jobs.submitted(*job, *task, *kind),

@@ -200,10 +200,14 @@ fn a_node_that_joins_learns_of_the_policy_from_its_ledger_alone() {
     assert!(listed.contains(&named) && listed.contains("arithmetic-2"), "{listed}");
     // What it reads there is all that it takes to sample; the end is told too.
     let args = vec!["--sample".into(), named];
-    swarm.start(&NodeOptions { config: "[engine]\nthreads = 1\n".into(), args, ..NodeOptions::asker() });
+    let pupil = swarm.start(&NodeOptions { config: "[engine]\nthreads = 1\n".into(), args, ..NodeOptions::asker() });
     wait_for("the end of the run", || {
         let (_, known) = policy(&swarm.nodes[plain])?;
         (known["step"] == json!(1) && known["running"] == json!(false)).then_some(())
+    });
+    wait_for("a sampler that waits for nothing any more", || {
+        let waits_for = training(&swarm.nodes[pupil])?["waits_for"].as_str()?.to_owned();
+        waits_for.contains("run has ended").then_some(())
     });
     // The trainer need not be there for it to be known.
     swarm.nodes[teacher].kill();

@@ -29,6 +29,10 @@ use chorus_trainer::train::{AdamWConfig, Learner, LearnerConfig, Round, Trajecto
 use chorus_trainer::trust::{AuditConfig, Auditor, Distance, Tolerance, Verdict, recompute};
 use tokio_util::sync::CancellationToken;
 
+/// The node's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const ENVIRONMENT: &str = "arithmetic-2";
 const MEMBERS: u16 = 8;
 /// How many steps before the claimed version the forgeries' weights are.

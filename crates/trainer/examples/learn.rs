@@ -15,6 +15,10 @@ use chorus_trainer::env::{Environment, by_name};
 use chorus_trainer::policy::load;
 use chorus_trainer::train::{AdamWConfig, Curve, Learner, LearnerConfig, Point, Round, evaluate, roll_out};
 
+/// The node's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Steps between two looks at the held-out tasks, and how many of those are answered at each.
 const LOOK: (u64, u64) = (50, 512);
 

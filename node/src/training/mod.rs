@@ -75,6 +75,7 @@ use self::learning::Teacher;
 pub(crate) use self::lease::Grant;
 use self::lease::Lease;
 use self::library::Library;
+pub(crate) use self::notice::is_trained;
 pub(crate) use self::room::News;
 use self::room::{Ask, Opened, Role, Room, Sources, Works};
 use self::sampler::SamplerRole;

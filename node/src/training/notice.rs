@@ -1,13 +1,23 @@
-//! When a trainer says in the ledger how far its policy is.
+//! What a trainer says of its policy in the ledger, and when.
 
 use std::time::{Duration, Instant};
 
+use chorus_protocol::Verified;
+use chorus_protocol::entry::{Body, Entry};
 use chorus_protocol::policy::Version;
 
 /// Between two notices of new versions at least: a trainer may publish many a second, and every node hears of each notice.
 const PACE: Duration = Duration::from_secs(30);
 /// After this long it is said again without any news: half of the hour that an entry of this kind lives.
 const RENEW: Duration = Duration::from_secs(30 * 60);
+
+/// Returns whether more versions will come of a policy, by what its owner says.
+pub(crate) fn is_trained(entry: &Verified<Entry>) -> Option<bool> {
+    match &entry.body {
+        Body::Policy(notice) => Some(notice.running),
+        _ => None,
+    }
+}
 
 /// What was said last, and when.
 #[derive(Debug, Default)]

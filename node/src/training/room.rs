@@ -7,7 +7,7 @@ use chorus_core::{JobDone, JobError, JobEvent, RunId};
 use chorus_machine::Time;
 use chorus_net::{BulkEvent, NetHandle, SessionId};
 use chorus_protocol::capability::SamplingOffer;
-use chorus_protocol::policy::Manifest;
+use chorus_protocol::policy::{Manifest, PolicyId};
 use chorus_protocol::rollout::Bulk;
 use chorus_protocol::{Admitted, Hash, JobId, NodeId};
 use chorus_rollout::broadcast::BroadcastInput;
@@ -25,6 +25,7 @@ use super::external::Desk;
 use super::hires::Hires;
 use super::learning::Learned;
 use super::lease::Grant;
+use super::notice::is_trained;
 use super::sampler::{Drawn, SamplerRole};
 use super::trainer::TrainerRole;
 use crate::driver::NodeHandle;
@@ -44,6 +45,8 @@ pub(crate) enum News {
     Banned(NodeId),
     /// What a node offers to sample, by the ledger; none if it does not any more.
     Offer { node: NodeId, offer: Option<SamplingOffer> },
+    /// Whether a policy is trained, by the ledger; none if that does not say any more.
+    Policy { policy: PolicyId, running: Option<bool> },
     /// This node got a lease to sample.
     Granted(Grant),
     /// A run of this node is taken back; not necessarily one of the room's.
@@ -207,7 +210,12 @@ impl Room {
         });
         let newest = self.commons.resume(found.await.unwrap_or_default());
         match &mut self.role {
-            Role::Sampler(role) => role.load(&self.commons, newest.into_iter().collect()),
+            Role::Sampler(role) => {
+                role.load(&self.commons, newest.into_iter().collect());
+                let policy = self.commons.policy.clone();
+                let trained = self.node.read(move |node, _| node.ledger().policy(&policy).and_then(is_trained));
+                role.trained(trained.await.ok().flatten());
+            }
             Role::Trainer(role) => {
                 role.begin(&mut self.commons);
                 for (node, offer) in Hires::offers(&self.node).await {
@@ -298,6 +306,9 @@ impl Room {
                 }
             }
             (Role::Sampler(role), News::Stop(run)) => role.stopped(run),
+            (Role::Sampler(role), News::Policy { policy, running }) if policy == self.commons.policy => {
+                role.trained(running);
+            }
             // A trainer does not offer itself, so nobody hires it; and a sampler hires nobody.
             _ => {}
         }

@@ -45,6 +45,8 @@ pub(super) struct SamplerRole {
     loading: Option<Version>,
     /// Why the newest version does not serve.
     trouble: Option<String>,
+    /// Whether the policy is trained, by the ledger, if that says.
+    trained: Option<bool>,
     lease: Lease,
 }
 
@@ -55,8 +57,13 @@ impl SamplerRole {
         drawn: mpsc::Sender<Drawn>,
         lease: Lease,
     ) -> Self {
-        let (loading, trouble) = (None, None);
-        Self { sampler, engine, drawn, counted: 0, refused: 0, lost: 0, tokens: 0, loading, trouble, lease }
+        let (loading, trouble, trained) = (None, None, None);
+        Self { sampler, engine, drawn, counted: 0, refused: 0, lost: 0, tokens: 0, loading, trouble, trained, lease }
+    }
+
+    /// What the ledger says of the policy now.
+    pub(super) fn trained(&mut self, trained: Option<bool>) {
+        self.trained = trained;
     }
 
     /// The policy's trainer, or somebody who takes himself for it, hires this node.
@@ -271,6 +278,9 @@ impl SamplerRole {
             SamplerAwaits::Nothing if self.engine.is_some() => "nothing: every slot is busy".to_owned(),
             _ if *weights == Awaits::Disk => format!("a version, and that for {weights}"),
             SamplerAwaits::Nothing => format!("no work, since it only keeps versions; they wait for {weights}"),
+            SamplerAwaits::Work if self.lease.left().is_none() && self.trained == Some(false) => {
+                "nothing: the trainer's run has ended, and if it goes on, this node is hired again".to_owned()
+            }
             SamplerAwaits::Work if self.lease.left().is_none() => {
                 "the trainer to hire this node: chorus ledger ls shows what it offers".to_owned()
             }
