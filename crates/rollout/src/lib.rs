@@ -33,7 +33,7 @@
 //! | asks for [`buffer::Buffer::progress`] after [`buffer::BufferInput::Stepped`] and before the next [`buffer::BufferInput::Want`] | the checkpoint leaves out groups that its weights did not learn from |
 //! | publishes step 0 before any sampler works | nobody can begin, and the learner waits for a version ([`buffer::LearnerAwaits::Version`]) |
 //! | publishes each step with `S = 0` and in the sequential mode, and at least every `S + 1` steps otherwise | the same |
-//! | answers each [`broadcast::BroadcastEffect::SendChunk`] with [`broadcast::BroadcastInput::Sent`], also when the chunk or the session is gone | the slot stays taken, and in the end nothing is sent |
+//! | answers each [`broadcast::BroadcastEffect::SendChunk`] with [`broadcast::BroadcastInput::Sent`], or with [`broadcast::BroadcastInput::NotSent`] when the chunk or the session is gone | the slot stays taken, and in the end nothing is sent |
 //! | tells of the end of a session ([`buffer::BufferInput::Gone`], [`sampler::SamplerInput::Disconnected`], [`broadcast::BroadcastInput::PeerDown`]) before it tells of the next one with the same node | the end of the old one ends the new one |
 //! | delivers the messages of one session in order, and none of an earlier session | credits and answers are of another connection |
 //! | verifies chunks on disk against the manifest before [`broadcast::BroadcastInput::Resume`] | a torn write is served |

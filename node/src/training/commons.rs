@@ -145,7 +145,8 @@ impl Commons {
                 BroadcastEffect::SendChunk { to, version, index } => {
                     let job = self.manifest(version).map(|manifest| Job::Read { to, manifest, index });
                     if job.is_none_or(|job| self.disk.submit(job).is_err()) {
-                        inputs.push_back(BroadcastInput::Sent { to, version, index });
+                        self.sessions.send(to, &Bulk::NoChunk { version, index }, None);
+                        inputs.push_back(BroadcastInput::NotSent { to, version, index });
                     }
                 }
                 BroadcastEffect::Keep(manifest) => {
@@ -197,20 +198,17 @@ impl Commons {
         index: u32,
         bytes: Option<Vec<u8>>,
     ) -> Vec<Admitted<Manifest>> {
-        let bytes = bytes.and_then(|bytes| List::new(bytes).ok());
-        let message = match bytes {
-            Some(bytes) => {
-                self.chunk_bytes.0 += bytes.len() as u64;
-                Bulk::Chunk { version, index, bytes }
+        if let Some(bytes) = bytes.and_then(|bytes| List::new(bytes).ok()) {
+            self.chunk_bytes.0 += bytes.len() as u64;
+            self.next_token += 1;
+            if self.sessions.send(to, &Bulk::Chunk { version, index, bytes }, Some(self.next_token)) {
+                self.leaving.insert(self.next_token, (to, version, index));
+                return Vec::new();
             }
-            None => Bulk::NoChunk { version, index },
-        };
-        self.next_token += 1;
-        if self.sessions.send(to, &message, Some(self.next_token)) {
-            self.leaving.insert(self.next_token, (to, version, index));
-            return Vec::new();
+        } else {
+            self.sessions.send(to, &Bulk::NoChunk { version, index }, None);
         }
-        self.tell(BroadcastInput::Sent { to, version, index })
+        self.tell(BroadcastInput::NotSent { to, version, index })
     }
 
     /// A message has left.

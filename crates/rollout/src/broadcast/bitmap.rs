@@ -67,6 +67,14 @@ impl Bitmap {
         true
     }
 
+    /// Marks every chunk as there that is in another map of the same version.
+    pub fn unite(&mut self, other: &Self) {
+        for (byte, more) in self.bytes.iter_mut().zip(&other.bytes) {
+            *byte |= more;
+        }
+        self.set = self.bytes.iter().map(|byte| byte.count_ones()).sum();
+    }
+
     /// Marks a chunk as not there.
     pub fn remove(&mut self, index: u32) {
         if !self.contains(index) {

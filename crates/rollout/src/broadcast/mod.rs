@@ -9,7 +9,7 @@
 //! 1. The owner publishes; its signed manifest runs from neighbour to neighbour.
 //! 2. The owner offers each chunk to *one* neighbour, two or so at a time, the next when one has arrived. It sends about one copy in
 //!    all, however many wait for it; beyond that it helps with what is rare, up to a share that is set. A neighbour that the others
-//!    do not serve gets all it lacks from the owner, and one that does not pass on what it gets has to wait for the others.
+//!    do not reach gets all of it from the owner.
 //! 3. A node asks several neighbours at once, for what few have first. It checks each chunk against the manifest, stores it, and only
 //!    then offers it. What it is asked for most urgently (what fewest have) goes out first.
 //! 4. A chunk with another hash convicts its sender. A neighbour that does not deliver is passed over for a while.
@@ -38,7 +38,7 @@ use chorus_protocol::rollout::Bulk;
 use chorus_protocol::{Admitted, List, NetworkId, NodeId, Verified, VerifyError};
 
 pub use bitmap::Bitmap;
-use deal::Manner;
+use deal::Dealing;
 use serve::Uploads;
 use versions::Held;
 
@@ -130,8 +130,17 @@ pub enum BroadcastInput {
         /// Which.
         index: u32,
     },
-    /// A chunk has left, or could not.
+    /// A chunk has left.
     Sent {
+        /// To whom.
+        to: NodeId,
+        /// Of which version.
+        version: Version,
+        /// Which.
+        index: u32,
+    },
+    /// A chunk could not be read or sent.
+    NotSent {
         /// To whom.
         to: NodeId,
         /// Of which version.
@@ -151,7 +160,8 @@ pub enum BroadcastEffect {
         /// What.
         message: Bulk,
     },
-    /// Read a chunk from disk, send it as [`Bulk::Chunk`], and say [`BroadcastInput::Sent`] when it has left.
+    /// Read a chunk from disk, send it as [`Bulk::Chunk`], and say [`BroadcastInput::Sent`] when it has left. Where there is none, say
+    /// [`Bulk::NoChunk`] instead, and [`BroadcastInput::NotSent`] here.
     SendChunk {
         /// To whom.
         to: NodeId,
@@ -280,10 +290,8 @@ struct Peer {
     pace: Option<Duration>,
     last_chunk: Option<Time>,
     paused_until: Option<Time>,
-    /// What it does with what this node, the owner, gives it.
-    manner: Manner,
-    /// Others have what it lacks. When it counts as alone, if nothing comes to it by then but from this node, the owner.
-    alone_at: Option<Time>,
+    /// If this node is the owner: what it does with what it is given.
+    dealing: Dealing,
     /// It lied: nothing is asked of it any more.
     banned: bool,
     unasked: u32,
@@ -305,7 +313,7 @@ pub struct Broadcast {
     progress_at: Time,
     disk_retry: Option<Time>,
     uploads: Uploads,
-    /// The version that the owner offers, and when somebody last asked for some of it.
+    /// The version that the owner offers the mesh, and since when that makes no progress.
     offering: Option<(Version, Time)>,
     wasted: u64,
     /// The version of which the owner offered something last: it is what others have too.
@@ -395,8 +403,9 @@ impl Broadcast {
         self.uploads.peer_down(peer);
         for held in self.held.values_mut() {
             held.asked.retain(|_, asked| asked.of != peer);
-            held.offers.retain(|_, offer| offer.to != peer);
+            held.offers.retain(|(to, _), _| *to != peer);
             held.offered.remove(&peer);
+            held.given.remove(&peer);
         }
         self.recount();
     }
@@ -408,10 +417,10 @@ impl Broadcast {
         let done = match message {
             Bulk::Announce(manifest) => self.announced(cx.now, from, *manifest, out),
             Bulk::Have { version, chunks } => self.peer_has(from, version, &chunks),
-            Bulk::HaveOne { version, index } => self.peer_has_one(from, version, index),
-            Bulk::WantChunks { version, indices } => self.wanted(cx.now, from, version, &indices, out),
+            Bulk::HaveOne { version, index } => self.peer_has_one(cx.now, from, version, index),
+            Bulk::WantChunks { version, indices } => self.wanted(from, version, &indices, out),
             Bulk::Cancel { version, indices } => {
-                self.uploads.cancel(from, version, &indices);
+                self.cancelled(from, version, &indices);
                 Ok(())
             }
             Bulk::Chunk { version, index, bytes } => self.chunk(cx.now, from, (version, index), bytes, out),
@@ -445,6 +454,10 @@ impl Machine for Broadcast {
                 self.uploads.sent(cx.now, to, version, index);
                 self.given(cx.now, to, version, index);
             }
+            BroadcastInput::NotSent { to, version, index } => {
+                self.uploads.not_sent(to, version, index);
+                self.not_given(to, version, index);
+            }
         }
         self.pump(cx, out);
     }
@@ -459,8 +472,8 @@ impl Machine for Broadcast {
     fn expire(&mut self, cx: &mut Ctx<'_>, out: &mut Outbox<BroadcastEffect>) {
         self.expire_asked(cx.now, out);
         self.expire_offers(cx.now);
-        for (to, version, index) in self.uploads.expire(cx.now) {
-            self.stuck(to, version, index);
+        for to in self.uploads.expire(cx.now) {
+            self.stuck(to);
         }
         for peer in self.peers.values_mut() {
             peer.paused_until = peer.paused_until.filter(|until| *until > cx.now);

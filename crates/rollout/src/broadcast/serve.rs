@@ -1,26 +1,32 @@
 //! The sending side: what neighbours ask for, and which chunk goes out next.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use chorus_machine::{Outbox, Time};
+use chorus_machine::{Outbox, Time, earliest};
 use chorus_protocol::NodeId;
 use chorus_protocol::policy::Version;
 use chorus_protocol::rollout::Bulk;
 
-use super::{Broadcast, BroadcastEffect, BroadcastFault};
+use super::deal::Manner;
+use super::{Bitmap, Broadcast, BroadcastEffect, BroadcastFault};
 
 /// Chunks that one neighbour may have asked for and not got.
 const MAX_QUEUED: usize = 64;
 /// A chunk has this many times the usual time to leave.
 const PATIENCE: u32 = 4;
 
+/// And the longest patience is so many times the shortest: nobody makes all others wait by being slow.
+const MAX_PATIENCE: u32 = 6;
+
 /// A chunk on its way out.
 #[derive(Clone, Copy, Debug)]
 struct Leaving {
     since: Time,
-    /// When others no longer wait for it; none once they do not.
-    deadline: Option<Time>,
+    /// Until when it has a slot to itself; none once others do not wait for it any more.
+    slot: Option<Time>,
+    /// When its neighbour counts as one that reads nothing; none once it does.
+    stuck: Option<Time>,
 }
 
 /// What was asked of this node.
@@ -30,8 +36,12 @@ pub(super) struct Uploads {
     active: BTreeMap<(NodeId, Version, u32), Leaving>,
     /// Mean time that a chunk takes to leave.
     pace: Option<Duration>,
+    /// Mean time from there until its neighbour announces it.
+    arrival: Option<Duration>,
     /// Who was served when, in chunks since the start: of two equally urgent requests, the neighbour that waits longer goes first.
     served: BTreeMap<NodeId, u64>,
+    /// Whether the last chunk went to the mesh.
+    to_mesh: bool,
     /// Chunks sent since the start.
     pub(super) sent: u64,
 }
@@ -63,31 +73,56 @@ impl Uploads {
         }
     }
 
+    /// Forgets what a neighbour asked for.
+    pub(super) fn drain(&mut self, to: NodeId) {
+        self.queues.remove(&to);
+    }
+
     pub(super) fn sent(&mut self, now: Time, to: NodeId, version: Version, index: u32) {
         if let Some(leaving) = self.active.remove(&(to, version, index)) {
-            let took = now.since(leaving.since);
-            self.pace = Some(self.pace.map_or(took, |pace| (pace * 3 + took) / 4));
+            self.pace = Some(smooth(self.pace, now.since(leaving.since)));
         }
     }
 
-    /// Returns when a chunk that does not leave frees its slot.
+    /// A chunk took so long from having left to being announced.
+    pub(super) fn arrived(&mut self, took: Duration) {
+        self.arrival = Some(smooth(self.arrival, took));
+    }
+
+    pub(super) fn not_sent(&mut self, to: NodeId, version: Version, index: u32) {
+        self.active.remove(&(to, version, index));
+    }
+
+    /// Returns when a chunk that does not leave frees its slot, or is given up.
     pub(super) fn late_at(&self) -> Option<Time> {
-        self.active.values().filter_map(|leaving| leaving.deadline).min()
+        self.active.values().filter_map(|leaving| earliest(leaving.slot, leaving.stuck)).min()
     }
 
-    /// Frees the slots of chunks that do not leave, because their neighbour reads nothing: others need not wait for it. Returns them.
-    pub(super) fn expire(&mut self, now: Time) -> Vec<(NodeId, Version, u32)> {
-        let late = self.active.iter_mut().filter(|(_, leaving)| leaving.deadline.is_some_and(|at| at <= now));
-        late.map(|(chunk, leaving)| {
-            leaving.deadline = None;
-            *chunk
-        })
-        .collect()
+    /// Frees the slots of chunks that do not leave: others need not wait for them. Returns neighbours that have read nothing for long.
+    pub(super) fn expire(&mut self, now: Time) -> BTreeSet<NodeId> {
+        let mut stuck = BTreeSet::new();
+        for ((to, ..), leaving) in &mut self.active {
+            leaving.slot = leaving.slot.filter(|at| *at > now);
+            if leaving.stuck.is_some_and(|at| at <= now) {
+                leaving.stuck = None;
+                stuck.insert(*to);
+            }
+        }
+        stuck
     }
 
-    /// Returns how long a chunk may take to leave: this long, or longer if they all do.
+    /// Returns how long something may take: so long at least, and longer if chunks take long to leave and arrive.
     pub(super) fn patience(&self, least: Duration) -> Duration {
-        least.max(self.pace.unwrap_or_default() * PATIENCE)
+        let usual = self.pace.unwrap_or_default() + self.arrival.unwrap_or_default();
+        (usual * PATIENCE).clamp(least, least * MAX_PATIENCE)
+    }
+
+    /// Returns whether a chunk of a version leaves, to this neighbour or to any.
+    pub(super) fn is_sending(&self, version: Version, to: Option<NodeId>) -> bool {
+        let leaves = |((of, which, _), leaving): (&(NodeId, Version, u32), &Leaving)| {
+            *which == version && leaving.stuck.is_some() && to.is_none_or(|to| to == *of)
+        };
+        self.active.iter().any(leaves)
     }
 
     fn under_way(&self, to: NodeId) -> usize {
@@ -96,18 +131,21 @@ impl Uploads {
 
     /// Returns whether a neighbour reads nothing.
     fn is_stuck(&self, to: NodeId) -> bool {
-        self.active.iter().any(|((of, ..), leaving)| *of == to && leaving.deadline.is_none())
+        self.active.iter().any(|((of, ..), leaving)| *of == to && leaving.stuck.is_none())
     }
 
     fn in_slots(&self) -> usize {
-        self.active.values().filter(|leaving| leaving.deadline.is_some()).count()
+        self.active.values().filter(|leaving| leaving.slot.is_some()).count()
     }
+}
+
+fn smooth(mean: Option<Duration>, one: Duration) -> Duration {
+    mean.map_or(one, |mean| (mean * 3 + one) / 4)
 }
 
 impl Broadcast {
     pub(super) fn wanted(
         &mut self,
-        now: Time,
         from: NodeId,
         version: Version,
         indices: &[u32],
@@ -124,44 +162,65 @@ impl Broadcast {
             if *index >= held.have.len() {
                 return Err(BroadcastFault::NoSuchChunk(version));
             }
+            let known =
+                queue.contains(&(version, *index)) || self.uploads.active.contains_key(&(from, version, *index));
             let offered = !owner || held.is_offered(from, *index);
-            if !offered || !held.have.contains(*index) || queue.len() >= MAX_QUEUED {
+            if !offered || !held.have.contains(*index) || (queue.len() >= MAX_QUEUED && !known) {
                 out.push(refuse(*index));
-            } else if !queue.contains(&(version, *index)) {
+                continue;
+            }
+            if !known {
                 queue.push_back((version, *index));
             }
-            if let Some(offer) = held.offers.get_mut(index).filter(|offer| offer.to == from) {
+            if let Some(offer) = held.offers.get_mut(&(from, *index)).filter(|offer| offer.sent.is_none()) {
                 offer.expires = None;
-                self.offering = Some((version, now));
             }
         }
         Ok(())
     }
 
-    /// Sends what is most urgent, while slots are free: the chunk that fewest have, to whom nothing is under way, to who waited
-    /// longest.
+    /// Sends what is most urgent, while slots are free. The mesh, and those whom only the owner serves, take turns; in the mesh the chunk
+    /// goes first that fewest have, then what is for a neighbour to whom nothing is under way, then for who waited longest.
     pub(super) fn upload(&mut self, now: Time, out: &mut Outbox<BroadcastEffect>) {
-        let patience = self.uploads.patience(self.cfg.chunk_timeout);
+        let slot = self.uploads.patience(self.cfg.offer_timeout);
+        let stuck = self.uploads.patience(self.cfg.chunk_timeout);
         while self.uploads.in_slots() < self.cfg.upload_slots.max(1) {
-            let urgency = |to: &NodeId, position: usize, (version, index): (Version, u32)| {
-                let holders = self.held.get(&version).map_or(u16::MAX, |held| held.holders_of(index));
-                (holders, self.uploads.under_way(*to), self.uploads.served.get(to).copied().unwrap_or(0), position)
-            };
-            let queues = self.uploads.queues.iter().filter(|(to, _)| !self.uploads.is_stuck(**to));
-            let waiting = queues
-                .flat_map(|(to, queue)| queue.iter().enumerate().map(move |(position, item)| (to, position, *item)));
-            let next = waiting.min_by_key(|(to, position, item)| urgency(to, *position, *item));
-            let Some((to, position, (version, index))) = next.map(|(to, position, item)| (*to, position, item)) else {
-                return;
-            };
+            let Some((to, position, (version, index))) = self.most_urgent() else { return };
             if let Some(queue) = self.uploads.queues.get_mut(&to) {
                 queue.remove(position);
             }
             self.uploads.sent += 1;
             self.uploads.served.insert(to, self.uploads.sent);
-            let leaving = Leaving { since: now, deadline: Some(now + patience) };
+            self.uploads.to_mesh = self.manner(to) == Manner::PassesOn;
+            let leaving = Leaving { since: now, slot: Some(now + slot), stuck: Some(now + stuck) };
             self.uploads.active.insert((to, version, index), leaving);
+            if let Some(held) = self.held.get_mut(&version) {
+                let chunks = held.manifest.chunks.len();
+                held.given.entry(to).or_insert_with(|| Bitmap::new(chunks)).insert(index);
+            }
             out.push(BroadcastEffect::SendChunk { to, version, index });
         }
+    }
+
+    fn most_urgent(&self) -> Option<(NodeId, usize, (Version, u32))> {
+        let uploads = &self.uploads;
+        let urgency = |to: &NodeId, position: usize, (version, index): (Version, u32)| {
+            let holders = || self.held.get(&version).map_or(u16::MAX, |held| held.holders_of(index));
+            let (rank, holders) = match self.manner(*to) {
+                Manner::PassesOn => (u8::from(uploads.to_mesh), holders()),
+                Manner::Alone => (u8::from(!uploads.to_mesh), 0),
+                Manner::Silent => (2, 0),
+            };
+            (rank, holders, uploads.under_way(*to), uploads.served.get(to).copied().unwrap_or(0), position)
+        };
+        let slots = self.cfg.upload_slots.max(1);
+        let open = uploads.queues.iter().filter(|(to, _)| uploads.under_way(**to) < slots && !uploads.is_stuck(**to));
+        let waiting =
+            open.flat_map(|(to, queue)| queue.iter().enumerate().map(move |(position, item)| (*to, position, *item)));
+        waiting.min_by_key(|(to, position, item)| urgency(to, *position, *item))
+    }
+
+    fn manner(&self, of: NodeId) -> Manner {
+        self.peers.get(&of).map(|peer| peer.dealing.manner).unwrap_or_default()
     }
 }

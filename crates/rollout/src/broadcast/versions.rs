@@ -19,14 +19,17 @@ pub(super) struct Asked {
     pub(super) deadline: Time,
 }
 
-/// A chunk that the owner offers to one neighbour.
+/// A chunk that the owner offers to a neighbour.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Offer {
-    pub(super) to: NodeId,
     /// When it lapses; none while the neighbour has asked for it and it has not left.
     pub(super) expires: Option<Time>,
-    /// It has left, and the neighbour has not announced it yet.
-    pub(super) sent: bool,
+    /// When it left, if it has.
+    pub(super) sent: Option<Time>,
+    /// Chunks that were under way when it left, less those that have arrived since: this one may be behind them.
+    pub(super) behind: usize,
+    /// It is beyond the first copy.
+    pub(super) extra: bool,
 }
 
 /// A version that this node knows.
@@ -41,9 +44,11 @@ pub(super) struct Held {
     /// How many neighbours offer each chunk.
     pub(super) holders: Vec<u16>,
     /// What the owner offers, and has not heard of since.
-    pub(super) offers: BTreeMap<u32, Offer>,
+    pub(super) offers: BTreeMap<(NodeId, u32), Offer>,
     /// What the owner offered to whom, so that nothing else is asked of it.
     pub(super) offered: BTreeMap<NodeId, Bitmap>,
+    /// What was sent to whom.
+    pub(super) given: BTreeMap<NodeId, Bitmap>,
     /// Chunks that the owner offered beyond the first copy.
     pub(super) extra: u32,
 }
@@ -59,6 +64,7 @@ impl Held {
             holders: vec![0; chunks],
             offers: BTreeMap::new(),
             offered: BTreeMap::new(),
+            given: BTreeMap::new(),
             extra: 0,
         }
     }
@@ -195,9 +201,11 @@ impl Broadcast {
     /// Forgets the oldest versions, but none that arrives, will arrive, or is the newest whole one.
     fn retire(&mut self, out: &mut Outbox<BroadcastEffect>) {
         let whole = self.newest_whole().map(|manifest| manifest.version);
+        let apart = self.given_apart();
         while self.held.len() > self.cfg.keep.max(2) {
             let spared = [self.arriving, self.next, whole, self.offering.map(|(version, _)| version), self.dealt];
-            let idle = self.held.iter().filter(|(version, _)| !spared.contains(&Some(**version)));
+            let idle =
+                self.held.iter().filter(|(version, _)| !spared.contains(&Some(**version)) && !apart.contains(version));
             let Some(oldest) = idle.min_by_key(|(_, held)| held.order()).map(|(version, _)| *version) else { return };
             self.forget(oldest, out);
         }
@@ -222,12 +230,19 @@ impl Broadcast {
         Ok(())
     }
 
-    pub(super) fn peer_has_one(&mut self, from: NodeId, version: Version, index: u32) -> Result<(), BroadcastFault> {
+    pub(super) fn peer_has_one(
+        &mut self,
+        now: Time,
+        from: NodeId,
+        version: Version,
+        index: u32,
+    ) -> Result<(), BroadcastFault> {
+        if self.is_owner() {
+            self.announced_one(now, from, version, index);
+        }
         let (Some(held), Some(peer)) = (self.held.get_mut(&version), self.peers.get_mut(&from)) else { return Ok(()) };
         if from == self.policy.owner {
             self.dealt = Some(version);
-        } else if self.me == self.policy.owner && held.have.contains(index) {
-            peer.announces(held.is_offered(from, index));
         }
         let chunks = held.manifest.chunks.len();
         let slot = usize::try_from(index).ok().and_then(|index| held.holders.get_mut(index));
@@ -235,16 +250,14 @@ impl Broadcast {
         if peer.has.entry(version).or_insert_with(|| Bitmap::new(chunks)).insert(index) {
             *holders = holders.saturating_add(1);
         }
-        if held.offers.get(&index).is_some_and(|offer| offer.to == from) {
-            held.offers.remove(&index);
-        }
+        held.offers.remove(&(from, index));
         Ok(())
     }
 
     fn confirm(&mut self, from: NodeId, version: Version) {
         let (Some(held), Some(peer)) = (self.held.get_mut(&version), self.peers.get(&from)) else { return };
         if let Some(has) = peer.has.get(&version) {
-            held.offers.retain(|index, offer| offer.to != from || !has.contains(*index));
+            held.offers.retain(|(to, index), _| *to != from || !has.contains(*index));
         }
     }
 

@@ -85,11 +85,13 @@ impl World {
     /// A chunk was read: it leaves, and the machine hears of it whatever became of it.
     pub(super) fn chunk_read(&mut self, place: Place, to: Place, version: Version, index: u32) {
         let found = self.hosts[place as usize].disk.chunks.get(&(version, index)).cloned();
-        let message = match found.and_then(|bytes| List::new(bytes).ok()) {
-            Some(bytes) => Bulk::Chunk { version, index, bytes },
+        let Some(bytes) = found.and_then(|bytes| List::new(bytes).ok()) else {
             // It was deleted between the effect and the disk.
-            None => Bulk::NoChunk { version, index },
+            let _ = self.send(place, to, &Bulk::NoChunk { version, index });
+            let to = self.hosts[to as usize].id;
+            return self.broadcast(place, Some(BroadcastInput::NotSent { to, version, index }));
         };
+        let message = Bulk::Chunk { version, index, bytes };
         if place == 0 {
             self.stats.owner_chunks += 1;
         }
