@@ -108,6 +108,17 @@ fn many_seeds_of_a_storm() {
     }
 }
 
+/// Restored trainers whose disks have two frames with a rollout for one place: one of them goes, and nothing is lost.
+#[test]
+fn a_storm_at_its_full_size() {
+    let mut scenario = built_in("train-storm");
+    scenario.bounds = Bounds::default();
+    for seed in [21, 34] {
+        let outcome = run(&scenario, seed);
+        assert!(outcome.is_good(), "{}", outcome.report);
+    }
+}
+
 #[test]
 fn what_is_broken_on_purpose_is_noticed() {
     for (mutant, rule) in [

@@ -68,12 +68,13 @@ impl fmt::Display for Violation {
 type Slot = (GroupId, u16);
 
 /// A rollout that was acknowledged as counting.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Owed {
     key: FrameKey,
     version: Version,
-    /// The trainer restarted, and its disk has another frame with a rollout for the same place: either may count, as good as the other.
-    contested: bool,
+    /// The trainer restarted, and its disk has other frames with a rollout for the same place: each of them is as good, and all but one
+    /// may go.
+    rivals: Vec<(FrameKey, Version)>,
 }
 
 /// Where a frame stands.
@@ -227,13 +228,13 @@ impl Monitor {
         match (judged, came) {
             (Some(slots), _) => slots
                 .into_iter()
-                .for_each(|(slot, version)| self.owe(now, slot, Owed { key, version, contested: false })),
+                .for_each(|(slot, version)| self.owe(now, slot, Owed { key, version, rivals: Vec::new() })),
             // The trainer restarted between the disk and the acknowledgement; what it took is known if it took all.
             (None, Some((frame, _))) if u64::from(taken) == rollouts => {
                 let fresh: Vec<_> = slots(frame).filter(|(slot, _)| !self.trained.contains_key(&slot.0)).collect();
                 fresh
                     .into_iter()
-                    .for_each(|(slot, version)| self.owe(now, slot, Owed { key, version, contested: false }));
+                    .for_each(|(slot, version)| self.owe(now, slot, Owed { key, version, rivals: Vec::new() }));
             }
             _ => {}
         }
@@ -268,8 +269,21 @@ impl Monitor {
         }
     }
 
-    /// The trainer deletes frames.
+    /// The trainer deletes frames. What has a rival is owed by that one from then on.
     pub(super) fn forgotten(&mut self, now: Time, keys: &[FrameKey]) {
+        let spent = self.spent.values_mut().flatten().map(|(_, owed)| owed);
+        for owed in self.owed.values_mut().chain(spent) {
+            owed.rivals.retain(|(rival, _)| !keys.contains(rival));
+            if keys.contains(&owed.key)
+                && let Some((rival, version)) = owed.rivals.pop()
+            {
+                *self.needed.entry(rival).or_default() += 1;
+                owed.version = version;
+                let before = std::mem::replace(&mut owed.key, rival);
+                self.needed.entry(before).and_modify(|many| *many -= 1);
+            }
+        }
+        self.needed.retain(|_, many| *many > 0);
         if let Some(key) = keys.iter().find(|key| self.needed.contains_key(key)) {
             let seen =
                 format!("frame {} of {:?} is deleted, and no checkpoint learned from it", key.sequence, key.sampler);
@@ -319,7 +333,7 @@ impl Monitor {
                 if says(slot, versions[0]) != rollout.completion {
                     return Some((Rule::OnlyWhatWasSampled, format!("{slot:?} is not what {sampler:?} sampled")));
                 }
-                if let Some(owed) = self.owed.get(&slot).filter(|owed| !owed.contested)
+                if let Some(owed) = self.owed.get(&slot).filter(|owed| owed.rivals.is_empty())
                     && (owed.key.sampler != *sampler || owed.version != versions[0])
                 {
                     let seen = format!("{slot:?} was acknowledged to {:?} and is {sampler:?}'s", owed.key.sampler);
@@ -352,10 +366,14 @@ impl Monitor {
             let seen = format!("{slot:?} was acknowledged, and frame {} is not on disk", owed.key.sequence);
             self.broken(Rule::NothingAcknowledgedIsLost, now, 0, seen);
         }
-        let rivals = disk.frames.iter().flat_map(|(key, frame)| slots(frame).map(move |(slot, _)| (key.sampler, slot)));
-        for (sampler, slot) in rivals {
-            if let Some(owed) = self.owed.get_mut(&slot) {
-                owed.contested |= owed.key.sampler != sampler;
+        let all =
+            disk.frames.iter().flat_map(|(key, frame)| slots(frame).map(move |(slot, version)| (*key, slot, version)));
+        for (key, slot, version) in all {
+            if let Some(owed) = self.owed.get_mut(&slot)
+                && owed.key != key
+                && !owed.rivals.contains(&(key, version))
+            {
+                owed.rivals.push((key, version));
             }
         }
         if held < self.owed.len() {

@@ -66,6 +66,7 @@ impl World {
             Some(checkpoint) => {
                 let kept = self.monitor.restored(self.now, held, &self.hosts[0].disk);
                 self.stats.kept_over_crash += kept;
+                self.monitor.forgotten(self.now, &idle);
                 self.ask_disk(0, Op::Delete(idle));
                 self.announce(&checkpoint);
                 self.want();
