@@ -34,10 +34,9 @@ fn a_buffer_that_takes_long_to_empty_makes_nobody_suspicious() {
     world.scale = 1024.0;
     world.mesh();
     for step in 1..=2 {
-        let (start, before) = (world.now, world.nodes[OWNER].sent);
-        let version = world.publish(step, 17, 4096);
-        world.run(|world| world.all_whole(version));
-        assert!(world.now.since(start) < Duration::from_millis(8_500), "{:?}", world.now.since(start));
+        let before = world.nodes[OWNER].sent;
+        let took = spread(&mut world, step, 17);
+        assert!(took < Duration::from_millis(8_500), "{took:?}");
         assert!(world.nodes[OWNER].sent - before <= 17, "{}", world.nodes[OWNER].sent - before);
     }
 }
@@ -63,10 +62,9 @@ fn workers_that_reach_nobody_but_the_owner_get_all_from_it() {
     world.spokes();
     // What one copy takes is 5.4 s; four of them leave one uplink.
     for (step, limit) in [(1, 24_000), (2, 23_500), (3, 23_500)] {
-        let (start, before) = (world.now, world.nodes[OWNER].sent);
-        let version = world.publish(step, 64, 4096);
-        world.run(|world| world.all_whole(version));
-        assert!(world.now.since(start) < Duration::from_millis(limit), "{:?}", world.now.since(start));
+        let before = world.nodes[OWNER].sent;
+        let took = spread(&mut world, step, 64);
+        assert!(took < Duration::from_millis(limit), "{took:?}");
         assert_eq!(world.nodes[OWNER].sent - before, 4 * 64, "each gets each chunk once");
     }
 }
@@ -106,6 +104,14 @@ fn a_neighbour_that_takes_back_whatever_it_asks_for_stops_nobody() {
         world.run(|world| [1, 2, 4].iter().all(|node| world.nodes[*node].whole.contains_key(&version)));
         assert!(world.now.since(start) < Duration::from_millis(10_000), "{:?}", world.now.since(start));
     }
+}
+
+/// Publishes a version and returns how long it takes to everybody.
+fn spread(world: &mut World, step: u64, chunks: u32) -> Duration {
+    let start = world.now;
+    let version = world.publish(step, chunks, 4096);
+    world.run(|world| world.all_whole(version));
+    world.now.since(start)
 }
 
 /// Publishes so many versions, one every so many seconds.
@@ -148,10 +154,8 @@ fn one_that_keeps_to_itself_gets_all_from_the_owner_if_the_others_do_not_reach_i
     world.keeps_to_itself(2);
     world.spokes();
     for step in 1..=2 {
-        let start = world.now;
-        let version = world.publish(step, 64, 4096);
-        world.run(|world| world.all_whole(version));
-        assert!(world.now.since(start) < Duration::from_millis(30_000), "{:?}", world.now.since(start));
+        let took = spread(&mut world, step, 64);
+        assert!(took < Duration::from_millis(30_000), "{took:?}");
     }
 }
 
@@ -190,9 +194,7 @@ fn where_nobody_passes_anything_on_the_next_version_follows_at_once() {
     (1..4).for_each(|node| world.keeps_to_itself(node));
     world.spokes();
     for step in 1..=4 {
-        let start = world.now;
-        let version = world.publish(step, 16, 4096);
-        world.run(|world| world.all_whole(version));
-        assert!(world.now.since(start) < Duration::from_millis(20_000), "{step}: {:?}", world.now.since(start));
+        let took = spread(&mut world, step, 16);
+        assert!(took < Duration::from_millis(20_000), "{step}: {took:?}");
     }
 }
